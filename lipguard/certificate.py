@@ -1,0 +1,232 @@
+"""What is asked (Domain, Query), what is offered as proof (Evidence) and what was proved (Certificate)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lipguard.errors import InvalidDomain, UnsupportedQuery
+
+Side = Literal["upper", "lower"]
+Rigor = Literal["approximate", "verified"]
+Norm = float | tuple[float, float]
+
+_NORMS = (1.0, 2.0, math.inf)
+
+
+def norm_pair(norm: Norm | str) -> tuple[float, float]:
+    """The (input, output) norms meant by `norm`, each 1, 2 or inf.
+
+    Raises:
+        UnsupportedQuery: a norm other than 1, 2 or inf.
+    """
+    pair = tuple(norm) if isinstance(norm, (tuple, list)) else (norm, norm)
+    try:
+        values = tuple(float(p) for p in pair)
+    except (TypeError, ValueError):
+        values = ()
+    if len(values) != 2 or any(p not in _NORMS for p in values):
+        raise UnsupportedQuery(f"norm={norm!r}: a norm is 1, 2 or inf, or a pair (input, output) of them.")
+    return values[0], values[1]
+
+
+def _vector(value: float | Sequence[float] | Tensor, size: int, what: str) -> Tensor:
+    tensor = torch.as_tensor(value).detach().to("cpu", torch.float64).flatten()
+    if tensor.numel() not in (1, size):
+        raise InvalidDomain(f"{what} has {tensor.numel()} entries, the network has {size} inputs. Give one per input, or a number.")
+    if tensor.isnan().any():
+        raise InvalidDomain(f"{what} contains nan.")
+    return tensor.expand(size).clone() if tensor.numel() == 1 else tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Box:
+    """Inputs with lower <= x <= upper, entry by entry; numbers are spread over all inputs."""
+
+    lower: float | Sequence[float] | Tensor
+    upper: float | Sequence[float] | Tensor
+
+    def bounds(self, size: int) -> tuple[Tensor, Tensor]:
+        """Lower and upper ends as float64 vectors of the given size.
+
+        Raises:
+            InvalidDomain: wrong size, nan, infinite, or lower > upper.
+        """
+        lower, upper = _vector(self.lower, size, "Box.lower"), _vector(self.upper, size, "Box.upper")
+        if not (lower.isfinite().all() and upper.isfinite().all()):
+            raise InvalidDomain("Box is unbounded. Use domain=None for all of R^d.")
+        if (lower > upper).any():
+            j = int((lower > upper).nonzero()[0])
+            raise InvalidDomain(f"Box is empty: lower {lower[j]:g} > upper {upper[j]:g} at input {j}. Exchange them.")
+        return lower, upper
+
+    def contains(self, x: Tensor) -> bool:
+        """Whether the float64 vector x lies in the box, exactly."""
+        lower, upper = self.bounds(x.numel())
+        return bool(((x >= lower) & (x <= upper)).all())
+
+    def project(self, x: Tensor) -> Tensor:
+        """The nearest point of the box, row by row of x."""
+        lower, upper = (v.to(x) for v in self.bounds(x.shape[-1]))
+        return torch.minimum(torch.maximum(x, lower), upper)
+
+    def sample(self, count: int, size: int, generator: torch.Generator) -> Tensor:
+        """`count` uniform points, shape (count, size), float64."""
+        lower, upper = self.bounds(size)
+        return lower + (upper - lower) * torch.rand(count, size, generator=generator, dtype=torch.float64)
+
+    def json(self) -> dict[str, object]:
+        """A JSON value from which `domain_from_json` restores the box."""
+        return {"kind": "box", "lower": _plain(self.lower), "upper": _plain(self.upper)}
+
+
+@dataclass(frozen=True, eq=False)
+class Ball:
+    """Inputs with ||x - center||_norm <= radius."""
+
+    center: float | Sequence[float] | Tensor
+    radius: float
+    norm: float = 2.0
+
+    def checked_center(self, size: int) -> Tensor:
+        """The centre as a float64 vector.
+
+        Raises:
+            InvalidDomain: wrong size, nan, negative or infinite radius, or a norm other than 1, 2, inf.
+        """
+        center = _vector(self.center, size, "Ball.center")
+        if not center.isfinite().all() or not (0.0 <= float(self.radius) < math.inf):
+            raise InvalidDomain(f"Ball needs a finite centre and a finite radius >= 0, not radius={self.radius!r}.")
+        if float(self.norm) not in _NORMS:
+            raise InvalidDomain(f"Ball.norm={self.norm!r}: a norm is 1, 2 or inf.")
+        return center
+
+    def bounds(self, size: int) -> tuple[Tensor, Tensor]:
+        """Ends of the smallest box that contains the ball (rounded outward), as for `Box.bounds`."""
+        center = self.checked_center(size)
+        if self.radius == 0:
+            return center, center.clone()
+        inf = torch.tensor(math.inf, dtype=torch.float64)
+        return torch.nextafter(center - self.radius, -inf), torch.nextafter(center + self.radius, inf)
+
+    def contains(self, x: Tensor) -> bool:
+        """Whether the float64 vector x provably lies in the ball (rounding counted against it)."""
+        center = self.checked_center(x.numel())
+        distance = float(torch.linalg.vector_norm(x - center, float(self.norm)))
+        slack = 4 * (x.numel() + 2) * 2.0**-53
+        # x - center is exact only up to u |x - center|, which the relative slack covers as well.
+        return bool((x == center).all()) or distance * (1 + slack) <= self.radius
+
+    def project(self, x: Tensor) -> Tensor:
+        """A point of the ball near each row of x (its nearest for norms 2 and inf; radial for norm 1), safely inside."""
+        center = self.checked_center(x.shape[-1]).to(x)
+        step = x - center
+        inner = self.radius * (1 - 1e-9)
+        if float(self.norm) == math.inf:
+            return center + step.clamp(-inner, inner)
+        length = torch.linalg.vector_norm(step, float(self.norm), dim=-1, keepdim=True)
+        return center + step * (inner / length.clamp_min(1e-300)).clamp_max(1.0)
+
+    def sample(self, count: int, size: int, generator: torch.Generator) -> Tensor:
+        """`count` points of the ball, shape (count, size), float64: random directions, radii uniform in volume."""
+        center = self.checked_center(size)
+        step = torch.randn(count, size, generator=generator, dtype=torch.float64)
+        if float(self.norm) == math.inf:
+            step = 2 * torch.rand(count, size, generator=generator, dtype=torch.float64) - 1
+        else:
+            step = step / torch.linalg.vector_norm(step, float(self.norm), dim=-1, keepdim=True)
+            step = step * torch.rand(count, 1, generator=generator, dtype=torch.float64) ** (1.0 / size)
+        return self.project(center + self.radius * step)
+
+    def json(self) -> dict[str, object]:
+        """A JSON value from which `domain_from_json` restores the ball."""
+        return {"kind": "ball", "center": _plain(self.center), "radius": float(self.radius), "norm": str(float(self.norm))}
+
+
+Domain = Box | Ball
+
+
+def _plain(value: float | Sequence[float] | Tensor) -> object:
+    tensor = torch.as_tensor(value).detach().to("cpu", torch.float64)
+    return tensor.flatten().tolist() if tensor.ndim else tensor.item()
+
+
+def domain_from_json(value: dict[str, object] | None) -> Domain | None:
+    """Inverse of `Box.json` and `Ball.json`; None stays None."""
+    if value is None:
+        return None
+    if value.get("kind") == "box":
+        return Box(value["lower"], value["upper"])  # type: ignore[arg-type]
+    if value.get("kind") == "ball":
+        return Ball(value["center"], float(value["radius"]), float(value["norm"]))  # type: ignore[arg-type]
+    raise InvalidDomain(f"Unknown kind of domain {value.get('kind')!r}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """The constant that is asked for: sup over the domain of the Jacobian's norm from `norm[0]` to `norm[1]`."""
+
+    norm: tuple[float, float] = (2.0, 2.0)
+    domain: Domain | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """Proposed norm of every affine node, by its index in the network; the checker re-proves each."""
+
+    norms: dict[int, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Multipliers:
+    """Multipliers t >= 0, one per neuron in the order of the activation nodes, and the squared bound they should prove."""
+
+    t: Tensor
+    rho: float
+
+
+@dataclass(frozen=True, eq=False)
+class Witness:
+    """A point and a direction: ||J(point) direction|| / ||direction|| bounds the constant from below."""
+
+    point: Tensor
+    direction: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SolverReport:
+    """The word of a solver that nothing can check: stays approximate."""
+
+    solver: str
+    message: str
+
+
+Evidence = Factors | Multipliers | Witness | SolverReport
+
+
+@dataclass(frozen=True, eq=False)
+class Certificate:
+    """One bound of one network's Lipschitz constant, with what proves it.
+
+    `value` is rounded outward when `rigor` is "verified". `note` says what went wrong on the way, if anything.
+    """
+
+    value: float
+    side: Side
+    norm: tuple[float, float]
+    domain: Domain | None
+    digest: str
+    method: str
+    evidence: Evidence
+    rigor: Rigor = "approximate"
+    seconds: float = 0.0
+    note: str = ""
+    details: dict[str, float | int | str] = field(default_factory=dict)
+
+    def __float__(self) -> float:
+        return self.value
