@@ -206,7 +206,30 @@ class SolverReport:
     message: str
 
 
-Evidence = Factors | Multipliers | Witness | SolverReport
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """One part of the input domain: neurons whose phase is fixed, and the multipliers of the free ones.
+
+    `phases` has one entry per neuron in the order of the activation nodes: the index of the linear piece the neuron
+    stays in (ReLU: 0 off, 1 on), or -1 where it is free. `empty` claims that no input of the domain has these phases,
+    proved by `farkas`, nonnegative multipliers of the constraints in the order the checker states them.
+    """
+
+    phases: Tensor
+    t: Tensor | None = None
+    empty: bool = False
+    farkas: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """Leaves of a branching on activation phases that cover the domain, each with evidence of `value`."""
+
+    leaves: tuple[Leaf, ...]
+    value: float
+
+
+Evidence = Factors | Multipliers | Witness | Partition | SolverReport
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,3 +253,51 @@ class Certificate:
 
     def __float__(self) -> float:
         return self.value
+
+
+Status = Literal["closed", "gap reached", "time limit", "memory limit", "interrupted", "solver failed"]
+
+
+@dataclass(frozen=True, eq=False)
+class Enclosure:
+    """lower <= constant <= upper, as narrow as the time allowed.
+
+    Attributes:
+        lower, upper: the two bounds, certificates of their own.
+        status: "closed" when the gap asked for was reached, else what ended the search.
+        witness: an input near which the Jacobian attains `lower`, shape (d,), or None.
+        closed_region: the maximum over closed regions, where it is known to exceed the true constant; else None.
+        choice: what was chosen by "auto" or fallen back to, and why.
+    """
+
+    lower_certificate: Certificate
+    upper_certificate: Certificate
+    status: Status
+    method: str
+    seconds: float
+    solver: str = ""
+    witness: Tensor | None = None
+    closed_region: float | None = None
+    choice: str = ""
+    details: dict[str, float | int | str] = field(default_factory=dict)
+
+    @property
+    def lower(self) -> float:
+        """The lower bound."""
+        return self.lower_certificate.value
+
+    @property
+    def upper(self) -> float:
+        """The upper bound."""
+        return self.upper_certificate.value
+
+    @property
+    def gap(self) -> float:
+        """Relative gap (upper - lower) / upper; 0 where both are 0."""
+        return 0.0 if self.upper == self.lower else (self.upper - self.lower) / self.upper
+
+    @property
+    def rigor(self) -> Rigor:
+        """ "verified" when both bounds are."""
+        both = {self.lower_certificate.rigor, self.upper_certificate.rigor}
+        return "verified" if both == {"verified"} else "approximate"
