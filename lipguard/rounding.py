@@ -8,6 +8,7 @@ Algorithms (2002), section 3.1; Rump, BIT 46 (2006), "Verification of positive d
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -53,22 +54,13 @@ def sum_up(x: Tensor, dim: int | None = None) -> Tensor:
     return total * (1 + 2 * gamma(count + 2)) + count * TINY
 
 
-def product_radius(a: Tensor, b: Tensor) -> Tensor:
-    """Entrywise bound of |fl(a @ b) - a @ b| for float64 matrices a (m, k) and b (k, n).
-
-    gamma_k |a| |b|, itself computed in floating point and therefore enlarged by another gamma_{k+2}.
-    """
-    k = a.shape[-1]
-    return (a.abs() @ b.abs()) * (gamma(k + 1) * (1 + 2 * gamma(k + 4))) + k * TINY
-
-
-def proves_positive_definite(matrix: Tensor, radius: Tensor | float = 0.0) -> bool:
-    """Whether every symmetric matrix within `radius` of `matrix` is provably positive semidefinite.
+def proves_positive_definite(matrix: Tensor, radius: Callable[[Tensor], Tensor] | None = None) -> bool:
+    """Whether every symmetric matrix within the radius of `matrix` is provably positive semidefinite.
 
     Args:
         matrix: (n, n) float64, symmetric; only the lower triangle is used.
-        radius: entrywise bound of the distance between `matrix` and the matrix that is meant: one number per
-            row and column ((n, n)), or a bound of its spectral norm (a number).
+        radius: v -> an upper bound of R v for v >= 0, where R >= 0 bounds entrywise the distance between `matrix`
+            and the matrix that is meant. None means that `matrix` is meant exactly.
     Returns:
         True is a proof. False proves nothing.
 
@@ -79,28 +71,24 @@ def proves_positive_definite(matrix: Tensor, radius: Tensor | float = 0.0) -> bo
     doubled. Diagonal scaling by powers of two (exact) makes the trace comparable with every entry.
     """
     n = matrix.shape[0]
-    matrix = matrix.to("cpu")
     diagonal = matrix.diagonal()
     if n == 0:
         return True
-    if not bool(matrix.isfinite().all()) or bool((diagonal <= 0).any()):
+    if bool((diagonal <= 0).any()) or not bool(diagonal.isfinite().all()):
         return False
     # s_i a power of two with s_i^2 a_ii in [1/2, 2): exact as long as nothing under- or overflows.
     exponent = torch.frexp(diagonal).exponent
     scale = torch.ldexp(torch.ones_like(diagonal), -torch.div(exponent, 2, rounding_mode="floor"))
     scaled = matrix * scale[:, None] * scale
-    # ||radius|| <= largest row sum of a nonnegative symmetric matrix; underflow of the scaling adds n TINY.
-    if isinstance(radius, Tensor):
-        spread = radius.to(matrix) * scale[:, None] * scale
-        slack = float(sum_up(spread, dim=1).max())
-    else:
-        slack = up(radius * float(scale.max()) ** 2, 2)
+    # The norm of S R S is at most its largest row sum, the largest entry of s * (R s).
+    slack = 0.0 if radius is None else float((scale * radius(scale)).max()) * (1 + 2**-40)
     trace = float(sum_up(scaled.diagonal()))
-    shift = 2 * gamma(n + 4) * (1 + 4 * gamma(n + 4)) * trace + slack * (1 + 2**-40) + 4 * n * n * TINY
-    if not math.isfinite(shift) or not bool(scaled.isfinite().all()):
-        return False
-    # Subtracting the shift from a diagonal entry rounds by at most u (|a_ii| + shift), counted once more.
+    shift = 2 * gamma(n + 4) * (1 + 4 * gamma(n + 4)) * trace + slack + 4 * n * n * TINY
+    # Subtracting the shift from a diagonal entry (below 2) rounds by at most u (2 + shift), counted twice.
     shift += 4 * UNIT * (2 + shift)
+    if not math.isfinite(shift):
+        return False
     scaled.diagonal().sub_(shift)
-    _, info = torch.linalg.cholesky_ex(scaled)
-    return int(info) == 0
+    # A nan or an infinity in the matrix makes the factorisation fail or shows in its diagonal.
+    factor, info = torch.linalg.cholesky_ex(scaled)
+    return int(info) == 0 and bool(factor.diagonal().isfinite().all())
