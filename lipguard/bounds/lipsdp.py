@@ -1,0 +1,159 @@
+"""LipSDP: the program of a network, the way to its solvers, and the multipliers back.
+
+Slopes [alpha, beta] become [0, 1] by w = alpha p + (beta - alpha) u, a change of variables that leaves the matrix
+inequality what it is: (w - alpha p)(beta p - w) = (beta - alpha)^2 u (p - u). The transposed network has the same
+optimum, multipliers rho / t, and outputs for channels: the side with fewer channels makes the smaller matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lipguard.network import Feedback
+from lipguard.solvers.slope_program import SlopeProgram
+
+_THINNEST = 1e-6
+"""Slope intervals thinner than this are widened to it, as the checker does."""
+
+
+@dataclass(frozen=True, eq=False)
+class LipSDP:
+    """A network's program and the relation of its multipliers to the network's own.
+
+    Attributes:
+        program: what the solvers see.
+        squares: (beta - alpha)^2 by neuron in the network's order, (n,).
+        order: for each of the program's neurons, its index in the network's order, (n,).
+        transposed: whether the program is the transposed network's.
+    """
+
+    program: SlopeProgram
+    squares: Tensor
+    order: Tensor
+    transposed: bool
+
+    def to_network(self, t: Tensor, rho: float) -> Tensor:
+        """The network's multipliers from the program's."""
+        t = t.to(torch.float64)
+        own = rho / t if self.transposed else t
+        result = torch.empty_like(own)
+        result[self.order] = own
+        return result / self.squares
+
+    def to_program(self, t: Tensor, rho: float) -> Tensor:
+        """The program's multipliers from the network's: a start from a neighbouring network's solution."""
+        own = (t.to(self.squares) * self.squares)[self.order].clamp_min(torch.finfo(torch.float64).tiny)
+        return rho / own if self.transposed else own
+
+
+def lipsdp(fb: Feedback, tied: bool = False) -> LipSDP:
+    """LipSDP of a feedback form.
+
+    Args:
+        fb: the feedback form with slope intervals.
+        tied: one multiplier a layer (`lipsdp-layer`) instead of one a neuron (`lipsdp-neuron`).
+    Source: Fazlyab et al. 2019, arXiv:1906.04893, Theorem 2 and section 3.
+    """
+    thin = (fb.beta - fb.alpha) < _THINNEST
+    alpha, beta = torch.where(thin, fb.alpha - _THINNEST / 2, fb.alpha), torch.where(thin, fb.beta + _THINNEST / 2, fb.beta)
+    rows, out = _unit_slopes(fb, alpha, beta - alpha)
+    squares = (beta - alpha) ** 2
+    layers = range(len(fb.sizes))
+    index = torch.arange(sum(fb.sizes), device=alpha.device)
+    heard = [k for k in layers if k in out]
+    seeing = [k for k in layers if -1 in rows[k]]
+    forward = min(fb.inputs, sum(fb.sizes[k] for k in seeing) + (fb.outputs if -1 in out else 0))
+    backward = min(fb.outputs, sum(fb.sizes[k] for k in heard) + (fb.inputs if -1 in out else 0))
+    transposed = backward < forward
+    if not transposed:
+        program = _program(fb.sizes, fb.inputs, rows, out, fb.outputs)
+        order, weights = index, squares
+    else:
+        # Layer k of the network is layer L - 1 - k of the program; Q' has the rows of Q for columns.
+        last = len(fb.sizes) - 1
+        flipped: list[dict[int, Tensor]] = [{} for _ in layers]
+        for k in layers:
+            for source, block in rows[k].items():
+                if source >= 0:
+                    flipped[last - source][last - k] = block.T
+        for k in heard:
+            flipped[last - k][-1] = out[k].T
+        outward = {last - k: rows[k][-1].T for k in seeing}
+        if -1 in out:
+            outward[-1] = out[-1].T
+        program = _program(tuple(reversed(fb.sizes)), fb.outputs, flipped, outward, fb.inputs)
+        order = torch.cat([index[:0], *(index[s] for s in reversed(fb.slices))])
+        weights = 1 / squares[order]
+    if tied:
+        groups = torch.cat([index[:0], *(torch.full_like(index[:size], k) for k, size in enumerate(program.sizes))])
+        uniform = bool((weights == weights[:1]).all())
+        program = SlopeProgram(
+            program.sizes, program.channels, program.rows, program.constant, groups, None if uniform else weights
+        )
+    return LipSDP(program, squares, order, transposed)
+
+
+def _unit_slopes(fb: Feedback, alpha: Tensor, width: Tensor) -> tuple[list[dict[int, Tensor]], dict[int, Tensor]]:
+    """Blocks of p and y in terms of x (-1) and u (0, 1, ...), where w = alpha p + width u."""
+    rows: list[dict[int, Tensor]] = []
+
+    def substitute(blocks: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        result: dict[int, Tensor] = {}
+
+        def add(source: int, block: Tensor) -> None:
+            result[source] = result[source] + block if source in result else block
+
+        for source, block in blocks.items():
+            if source < 0:
+                add(source, block)
+                continue
+            here = fb.slices[source]
+            add(source, block * width[here])
+            if bool(alpha[here].any()):
+                for deeper, inner in rows[source].items():
+                    add(deeper, (block * alpha[here]) @ inner)
+        return result
+
+    for row in fb.rows:
+        rows.append(substitute(row))
+    return rows, substitute(fb.out)
+
+
+def _program(
+    sizes: tuple[int, ...], channels: int, rows: list[dict[int, Tensor]], out: dict[int, Tensor], outputs: int
+) -> SlopeProgram:
+    """The program of blocks; channels that no neuron and no output can tell apart are merged by a QR."""
+    seeing = [row[-1] for row in rows if -1 in row] + ([out[-1]] if -1 in out else [])
+    height = sum(block.shape[0] for block in seeing)
+    if height < channels:
+        # G = [A; D] = R' O' with O orthonormal: only O'x is felt, of dimension `height`.
+        reduced = torch.linalg.qr(torch.cat(seeing).T, mode="r").R.T.contiguous() if seeing else None
+        start = 0
+        fresh: list[dict[int, Tensor]] = []
+        for row in rows:
+            row = dict(row)
+            if -1 in row and reduced is not None:
+                size = row[-1].shape[0]
+                row[-1] = reduced[start : start + size]
+                start += size
+            fresh.append(row)
+        rows = fresh
+        if -1 in out and reduced is not None:
+            out = {**out, -1: reduced[start:]}
+        channels = height
+    n = sum(sizes)
+    device = next((b.device for b in (*seeing, *out.values())), torch.device("cpu"))
+    y = torch.zeros(outputs, n + channels, dtype=torch.float64, device=device)
+    starts = torch.tensor((0, *sizes)).cumsum(0).tolist()
+    places = {k: slice(starts[k], starts[k + 1]) for k in range(len(sizes))} | {-1: slice(n, n + channels)}
+    for source, block in out.items():
+        y[:, places[source]] = block
+    touched = y.any(0).nonzero()[:, 0]
+    constant = torch.zeros(n + channels, n + channels, dtype=torch.float64, device=device)
+    part = y[:, touched]
+    constant[touched[:, None], touched] = part.T @ part
+    return SlopeProgram(sizes, channels, tuple(rows), constant)

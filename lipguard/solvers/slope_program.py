@@ -1,0 +1,189 @@
+"""The structured semidefinite program every LipSDP solver is given: `SlopeProgram`, and the `Proposal` it returns.
+
+    minimise rho  subject to  Z(rho, t) = rho E + sum_j t_j [e_j (e_j - q_j)' + (e_j - q_j) e_j'] - C0 >= 0,  t_j = s_j tau_g(j)
+
+over N = n + r coordinates: n neurons, then r channels (inputs, or outputs of the transposed network). q_j is row j of
+Q = [B A], B strictly lower block triangular; E selects the channels; C0 = [C D]'[C D]. Z >= 0 implies t >= 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lipguard.errors import SolverFailed
+
+
+@dataclass(frozen=True, eq=False)
+class SlopeProgram:
+    """A LipSDP with all slopes in [0, 1].
+
+    Attributes:
+        sizes: neurons of each layer.
+        channels: r.
+        rows: Q by layer and source: `rows[k][l]` (n_k, n_l) for l < k, and `rows[k][-1]` (n_k, r).
+        constant: C0, (N, N), positive semidefinite.
+        groups: index of the multiplier of each neuron, (n,); None for one each. A group lies within one layer.
+        weights: s, the fixed factor between a neuron's multiplier and its group's, (n,); None for ones.
+    """
+
+    sizes: tuple[int, ...]
+    channels: int
+    rows: tuple[Mapping[int, Tensor], ...]
+    constant: Tensor
+    groups: Tensor | None = None
+    weights: Tensor | None = None
+
+    @property
+    def neurons(self) -> int:
+        """n."""
+        return sum(self.sizes)
+
+    @property
+    def order(self) -> int:
+        """N = n + r, the size of the matrix inequality."""
+        return self.neurons + self.channels
+
+    @cached_property
+    def slices(self) -> dict[int, slice]:
+        """Place of each layer (and of the channels, -1) among the N coordinates."""
+        ends = [0]
+        for size in self.sizes:
+            ends.append(ends[-1] + size)
+        places = {k: slice(a, b) for k, (a, b) in enumerate(zip(ends, ends[1:], strict=False))}
+        return places | {-1: slice(ends[-1], ends[-1] + self.channels)}
+
+    def to(self, dtype: torch.dtype) -> SlopeProgram:
+        """The same program in another precision."""
+        rows = tuple({s: b.to(dtype) for s, b in row.items()} for row in self.rows)
+        weights = None if self.weights is None else self.weights.to(dtype)
+        return SlopeProgram(self.sizes, self.channels, rows, self.constant.to(dtype), self.groups, weights)
+
+    def spread(self, tau: Tensor) -> Tensor:
+        """Multipliers of the neurons from those of the groups."""
+        t = tau if self.groups is None else tau[self.groups]
+        return t if self.weights is None else t * self.weights
+
+    def gather(self, g: Tensor) -> Tensor:
+        """Adjoint of `spread`, along the first dimension."""
+        if self.weights is not None:
+            g = g * (self.weights if g.ndim == 1 else self.weights[:, None])
+        if self.groups is None:
+            return g
+        out = g.new_zeros((int(self.groups.max()) + 1, *g.shape[1:]))
+        return out.index_add_(0, self.groups, g)
+
+    def group(self, t: Tensor) -> Tensor:
+        """Group multipliers of t, the mean where rounding or a guess made them differ."""
+        if self.weights is not None:
+            t = t / self.weights
+        if self.groups is None:
+            return t
+        tau = t.new_zeros(int(self.groups.max()) + 1)
+        return tau.scatter_reduce_(0, self.groups, t, "mean", include_self=False)
+
+    def q(self, x: Tensor) -> Tensor:
+        """Q x for x of shape (N, k)."""
+        out = x.new_zeros(self.neurons, x.shape[1])
+        for k, row in enumerate(self.rows):
+            for source, block in row.items():
+                out[self.slices[k]].addmm_(block, x[self.slices[source]])
+        return out
+
+    def linear(self, rho: float, t: Tensor) -> Tensor:
+        """Z(rho, t) + C0: the part that is linear in (rho, t)."""
+        z = torch.zeros_like(self.constant)
+        for k, row in enumerate(self.rows):
+            here = self.slices[k]
+            for source, block in row.items():
+                there = self.slices[source]
+                part = t[here, None] * block
+                z[here, there] -= part
+                z[there, here] -= part.T
+        diagonal = z.diagonal()
+        diagonal[: self.neurons] += 2 * t
+        diagonal[self.neurons :] += rho
+        return z
+
+    def z(self, rho: float, t: Tensor) -> Tensor:
+        """The matrix that must be positive semidefinite."""
+        return self.linear(rho, t) - self.constant
+
+    def adjoint(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(<S_j, Y>)_j and <E, Y> for symmetric Y, where Z = rho E + sum_j t_j S_j - C0."""
+        s = y.diagonal()[: self.neurons].clone()
+        for k, row in enumerate(self.rows):
+            here = self.slices[k]
+            for source, block in row.items():
+                s[here] -= (block * y[here, self.slices[source]]).sum(1)
+        return 2 * s, y.diagonal()[self.neurons :].sum()
+
+    def interior(self, t: Tensor | None = None, margin: float = 1.0) -> tuple[Tensor, float]:
+        """Multipliers for which Z(rho, t) > 0 at every rho above the returned one.
+
+        Backward block elimination of Z: with S the sum of C0 and the Schur complements of the layers behind, layer
+        k's pivot is 2 T_k - S_kk, and T_k enters nothing that was eliminated before it. T_k is scaled up, never down,
+        until lambda_max(T_k^-1/2 S_kk T_k^-1/2) <= 2 / (1 + margin). Without a guess this is the choice
+        T_k = lambda_max(S_kk) I of the chain; the last Schur complement's largest eigenvalue is the least rho.
+
+        Args:
+            t: a guess, (n,), kept as it is where it is inside by the margin; or None.
+            margin: 1 for a start far inside.
+        Raises:
+            SolverFailed: a pivot is not positive definite in floating point.
+        """
+        places = self.slices
+        s = self.constant.clone()
+        ones = torch.ones(self.neurons, dtype=s.dtype, device=s.device)
+        done = (ones if self.weights is None else self.weights.clone()) if t is None else t.clone()
+        largest = 0.0
+        for k in reversed(range(len(self.sizes))):
+            here = places[k]
+            guess = done[here]
+            root = guess.rsqrt()
+            top = max(float(torch.linalg.eigvalsh(s[here, here] * root[:, None] * root)[-1]), 0.0)
+            # A layer that the output does not feel (S = 0) still needs a positive multiplier.
+            factor = max(top, 1e-8 * largest, 1e-30) if t is None else max(1.0, top * (1 + margin) / 2)
+            largest = max(largest, top)
+            guess = guess * factor
+            done[here] = guess
+            self._eliminate(s, k, guess)
+        last = s[places[-1], places[-1]]
+        rho = float(torch.linalg.eigvalsh((last + last.T) / 2)[-1]) if self.channels else 0.0
+        if not math.isfinite(rho):
+            raise SolverFailed("no interior point: the multipliers overflow.")
+        return done, max(rho, 0.0)
+
+    def _eliminate(self, s: Tensor, k: int, t: Tensor) -> None:
+        """Add to s the Schur complement of layer k's pivot 2 T_k - S_kk on everything before it."""
+        here, places = self.slices[k], self.slices
+        cross = {j: s[here, places[j]] for j in (*range(k), -1)}
+        for j, block in self.rows[k].items():
+            cross[j] = cross[j] + t[:, None] * block
+        felt = [j for j in cross if bool(cross[j].any())]
+        factor, info = torch.linalg.cholesky_ex(torch.diag(2 * t) - s[here, here])
+        if int(info) != 0:
+            raise SolverFailed("no interior point: a pivot of the chain is not positive definite.")
+        solved = {j: torch.linalg.solve_triangular(factor, cross[j], upper=False) for j in felt}
+        for i in felt:
+            for j in felt:
+                s[places[i], places[j]] += solved[i].T @ solved[j]
+
+
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """What a solver returns: multipliers and the rho they should prove, with what it believes of them.
+
+    `gap` is the relative distance (rho - dual value) / rho by the solver's own account; nan where it has none.
+    """
+
+    t: Tensor
+    rho: float
+    gap: float
+    iterations: int
+    message: str = ""
