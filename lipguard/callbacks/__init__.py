@@ -1,0 +1,5 @@
+"""Lightning callbacks."""
+
+from lipguard.callbacks.monitor import LipschitzMonitor
+
+__all__ = ["LipschitzMonitor"]

@@ -1,0 +1,121 @@
+"""What this installation can do: versions, solvers, their licences and limits, and what each missing one would need."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import logging
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from lipguard import __version__, registry
+
+__all__ = ["Finding", "examine", "show"]
+
+_log = logging.getLogger(__name__)
+
+_PACKAGES = ("torch", "lightning", "pytorch-lightning", "numpy", "scipy", "cvxpy")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One solver: whether it can be used here, under which licence, up to which size, or what it needs."""
+
+    name: str
+    usable: bool
+    version: str
+    licence: str
+    remark: str
+
+
+def examine() -> dict[str, object]:
+    """Versions, hardware and solvers, as one JSON-ready value."""
+    import torch
+    from threadpoolctl import threadpool_info
+
+    versions = {"lipguard": __version__, "python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    blas = sorted({f"{pool.get('internal_api')} {pool.get('num_threads')} threads" for pool in threadpool_info()})
+    hardware = {"cores": os.cpu_count() or 1, "accelerator": accelerator, "blas": ", ".join(blas)}
+    return {"versions": versions, "hardware": hardware, "solvers": [asdict(finding) for finding in _solvers()]}
+
+
+def show(report: dict[str, object], console: Console) -> None:
+    """Prints what `examine` found."""
+    versions, hardware, solvers = report["versions"], report["hardware"], report["solvers"]
+    assert isinstance(versions, dict) and isinstance(hardware, dict) and isinstance(solvers, list)
+    about = Table.grid(padding=(0, 2))
+    for name, value in {**versions, **hardware}.items():
+        about.add_row(f"[dim]{name}[/dim]", str(value))
+    console.print(about, "")
+    table = Table("", "solver", "version", "licence", "limits, or what it needs", box=None, header_style="dim", padding=(0, 1))
+    for solver in solvers:
+        mark = "[green]✓[/green]" if solver["usable"] else "[red]✗[/red]"
+        table.add_row(mark, solver["name"], solver["version"], solver["licence"], solver["remark"])
+    console.print(table)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _solvers() -> list[Finding]:
+    findings = []
+    for name, entry in registry.solvers().items():
+        package = entry.requires[-1] if entry.requires else "lipguard"
+        if not registry.available(name):
+            findings.append(Finding(name, False, "not installed", "", entry.hint))
+            continue
+        usable, licence, remark = _PROBES.get(name, lambda: (True, "open source", "no limit"))()
+        findings.append(Finding(name, usable, _version(package), licence, remark))
+    return findings
+
+
+def _own() -> tuple[bool, str, str]:
+    return True, "part of lipguard", "no limit"
+
+
+def _gurobi() -> tuple[bool, str, str]:
+    """A model one variable above the size limit tells the free licence from a full one."""
+    gurobipy = importlib.import_module("gurobipy")
+    try:
+        with gurobipy.Env(empty=True) as env:
+            env.setParam("LogToConsole", 0)  # the licence banner belongs in a log, not in the terminal
+            env.start()
+            with gurobipy.Model(env=env) as model:
+                model.addVars(2001)
+                model.optimize()
+    except gurobipy.GurobiError as error:
+        _log.info("Gurobi: %s", error)
+        if error.errno == gurobipy.GRB.Error.SIZE_LIMIT_EXCEEDED:
+            limits = "2000 variables and constraints, 200 variables with quadratic terms; larger models need a licence"
+            return True, "size-limited", limits
+        return False, "none valid", f"{str(error).rstrip('.')}. Install a licence (academic ones are free)."
+    return True, "full", "no limit"
+
+
+def _mosek() -> tuple[bool, str, str]:
+    mosek = importlib.import_module("mosek")
+    try:
+        with mosek.Env() as env:
+            env.checkoutlicense(mosek.feature.pton)
+    except mosek.MosekException as error:
+        _log.info("MOSEK: %s", error)
+        return False, "none found", "A licence file (academic ones are free), named by MOSEKLM_LICENSE_FILE."
+    return True, "full", "no limit"
+
+
+_PROBES: dict[str, Callable[[], tuple[bool, str, str]]] = {
+    "interior-point": _own,
+    "first-order": _own,
+    "gurobi": _gurobi,
+    "mosek": _mosek,
+}
