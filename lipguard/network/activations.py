@@ -41,10 +41,12 @@ class PiecewiseLinear(Elementwise):
         breaks: increasing break points, shape (k,) or (k, size).
         pieces: slopes left of the first break, between breaks, right of the last; shape (k + 1,) or (k + 1, size).
         value: phi at the first break.
+        rounded: the pieces are themselves rounded to float64 (a sixth), so that the slopes must be widened outward.
     """
 
-    def __init__(self, name: str, breaks: Tensor, pieces: Tensor, value: Tensor | float = 0.0) -> None:
+    def __init__(self, name: str, breaks: Tensor, pieces: Tensor, value: Tensor | float = 0.0, rounded: bool = False) -> None:
         self.name = name
+        self.rounded = rounded
         self.breaks = breaks
         self.pieces = pieces
         self.value = torch.as_tensor(value, dtype=torch.float64)
@@ -61,8 +63,8 @@ class PiecewiseLinear(Elementwise):
 
     @property
     def slopes(self) -> tuple[Tensor, Tensor]:
-        """Smallest and largest slope: exact."""
-        return self.pieces.amin(0), self.pieces.amax(0)
+        """Smallest and largest slope: exact, or widened by one floating-point number."""
+        return self._outward(self.pieces.amin(0), self.pieces.amax(0))
 
     def slope_range(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """Slopes of the pieces that meet [lower, upper]; a break point at an end counts both its sides."""
@@ -75,13 +77,65 @@ class PiecewiseLinear(Elementwise):
                 meets &= lower <= self.breaks[i]
             slope = self.pieces[i].expand_as(lower)
             low, high = torch.where(meets, torch.minimum(low, slope), low), torch.where(meets, torch.maximum(high, slope), high)
-        return low, high
+        return self._outward(low, high)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Break points, slopes and the value at the first break."""
         return self.breaks, self.pieces, self.value
 
+    def _outward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.rounded:
+            return low, high
+        infinity = torch.full_like(low, torch.inf)  # zero is a slope no rounding has touched
+        low = torch.where(low == 0, low, torch.nextafter(low, -infinity))
+        return low, torch.where(high == 0, high, torch.nextafter(high, infinity))
+
 
 def relu() -> PiecewiseLinear:
     """max(z, 0): slopes 0 and 1."""
     return PiecewiseLinear("relu", torch.zeros(1, dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64))
+
+
+def leaky_relu(slope: float | Tensor, name: str = "leaky-relu") -> PiecewiseLinear:
+    """z for z > 0, slope z below: slopes `slope` and 1; one slope, or one per entry (PReLU), of any sign and size."""
+    left = torch.as_tensor(slope, dtype=torch.float64)
+    return PiecewiseLinear(name, _numbers(0.0, like=left), torch.stack([left, torch.ones_like(left)]))
+
+
+def clip(lower: float | Tensor | None = None, upper: float | Tensor | None = None, name: str = "clip") -> PiecewiseLinear:
+    """min(max(z, lower), upper): slopes 0 and 1 (Hardtanh, ReLU6, clamp); the ends may be one per entry.
+
+    With lower > upper torch.clamp is the constant `upper`; both break points are then put there, with slope 0 between
+    and on both sides.
+    """
+    ends = [torch.as_tensor(end, dtype=torch.float64) for end in (lower, upper) if end is not None]
+    if len(ends) == 2:
+        low, high = torch.broadcast_tensors(*ends)
+        crossed = low > high
+        low = torch.where(crossed, high, low)
+        middle = torch.where(crossed, torch.zeros_like(low), torch.ones_like(low))
+        zero = torch.zeros_like(low)
+        return PiecewiseLinear(name, torch.stack([low, high]), torch.stack([zero, middle, zero]), low)
+    if not ends:
+        raise ValueError("clip needs a lower or an upper end.")
+    zero, one = torch.zeros_like(ends[0]), torch.ones_like(ends[0])
+    return PiecewiseLinear(name, ends[0][None], torch.stack([zero, one] if upper is None else [one, zero]), ends[0])
+
+
+def absolute() -> PiecewiseLinear:
+    """|z|: slopes -1 and 1."""
+    return PiecewiseLinear("abs", _numbers(0.0), _numbers(-1.0, 1.0))
+
+
+def hardsigmoid() -> PiecewiseLinear:
+    """min(max(z + 3, 0), 6) / 6: slopes 0 and 1/6, which float64 rounds."""
+    return PiecewiseLinear("hardsigmoid", _numbers(-3.0, 3.0), _numbers(0.0, 1 / 6, 0.0), rounded=True)
+
+
+def softshrink(threshold: float) -> PiecewiseLinear:
+    """z moved towards 0 by `threshold` >= 0, and 0 where it would cross it: slopes 1, 0, 1."""
+    return PiecewiseLinear("softshrink", _numbers(-threshold, threshold), _numbers(1.0, 0.0, 1.0))
+
+
+def _numbers(*values: float, like: Tensor | None = None) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=None if like is None else like.device)

@@ -1,0 +1,244 @@
+"""nn.Module -> Network: run the module's forward once, lower every call, compare the result with the module itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from lipguard.errors import InvalidExample, InvalidModel, LipguardError, UnknownName, UnsupportedLayer, UnsupportedQuery
+from lipguard.network import Network
+from lipguard.network.frozen import frozen, intercepted
+from lipguard.network.rules import load, lowers
+from lipguard.network.simplify import simplify
+from lipguard.network.trace import Trace, Tracer
+
+__all__ = ["capture", "lowers"]
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Allowed difference between network and module, relative to the largest value inside the network, by the dtype that
+the module computes in. Far above the rounding of ordinary networks (some hundred units of roundoff), far below what a
+dropped layer changes; half precision is compared in float64 whenever the module runs in it."""
+
+
+def capture(
+    model: nn.Module | Network,
+    example: Tensor,
+    *,
+    submodule: str | None = None,
+    outputs: Tensor | tuple[int, int] | None = None,
+    live: bool = False,
+) -> Network:
+    """The network that a module computes in evaluation mode, in float64 arithmetic on its stored weights.
+
+    The module is left exactly as it was: modes, gradients, buffers, attributes, hooks, random state. Its hooks see
+    ordinary passes over two samples, in evaluation mode, never the tracer.
+
+    Args:
+        model: the module (compiled or parametrized ones too), or a `Network`, which is returned as it is.
+        example: a batch of inputs, shape (B, ...), B >= 1; only its shape and the first row matter.
+        submodule: path of the submodule to bound. `example` is then an input of `model`, run once to see what arrives at
+            the submodule, or, where that fails, an input of the submodule itself.
+        outputs: a matrix (k, m) applied to the m outputs, or a pair (i, j) of classes, for output i minus output j.
+        live: keep the weights in the autograd graph, for penalties; else they are detached copies.
+    Returns:
+        A `Network` with d inputs and m outputs: the entries of one sample, in row-major order.
+    Raises:
+        InvalidExample: the example does not fit the module.
+        InvalidModel: weights are nan, infinite or not initialised yet.
+        UnsupportedLayer: a call has no rule, or the module does something that capture would misread.
+        UnknownName: there is no such submodule.
+        UnsupportedQuery: `outputs` does not fit the network.
+    Rounding: products of constants (a folded BatchNorm) are rounded to float64 once; the network is the certified object.
+    """
+    if isinstance(model, Network):
+        network = model
+    elif isinstance(model, nn.Module):
+        load()
+        network = _capture(_unwrap(model), example, submodule, live)
+    else:
+        raise InvalidModel(f"model is {type(model).__name__}; an nn.Module or a lipguard.Network is needed.")
+    return network if outputs is None else _select(network, outputs)
+
+
+def _capture(model: nn.Module, example: Tensor, submodule: str | None, live: bool) -> Network:
+    _check(model, example)
+    with frozen(model):
+        part, root, sample = model, "model", _rows(model, example)
+        if submodule:
+            part, root = _find(model, submodule), f"model.{submodule}"
+            sample = _arriving(model, part, sample, example)
+        generator = torch.Generator().manual_seed(0)
+        network = _trace(part, torch.cat([sample, _perturbed(sample, generator)]), live, root)
+        _compare(network, part, torch.cat([sample, _perturbed(sample, generator)]), root)
+    return network
+
+
+def _trace(module: nn.Module, batch: Tensor, live: bool, root: str) -> Network:
+    trace = Trace(batch[0].numel(), {id(p): f"{root}.{n}" for n, p in _named_tensors(module)}, live, root)
+    with torch.set_grad_enabled(live):
+        batch = batch.clone()
+        tracer = Tracer(trace, batch)
+
+        def forward(module: nn.Module, path: str, original: Callable[..., Any]) -> Callable[..., Any]:
+            path = ".".join(p for p in path.split(".") if p != "_orig_mod")
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                with trace.inside(path, module):
+                    if isinstance(module, torch.jit.ScriptModule):
+                        trace.refuse("is a scripted module, which hides its calls. Capture the module it was made from.")
+                    return tracer.module(module, original, args, kwargs)
+
+            return call
+
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedLayer(f"{root} is a scripted module, which hides its calls. Capture the module it was made from.")
+        with intercepted(module, forward), tracer:
+            output = _run(module, batch, root)
+    if not isinstance(output, Tensor):
+        raise UnsupportedLayer(
+            f"{root} ({type(module).__name__}) returns {type(output).__name__}; one tensor is needed. Wrap it in a module that "
+            "returns the tensor to bound, or bound a submodule with submodule=...."
+        )
+    node = tracer.node(output)
+    if node is None:
+        raise UnsupportedLayer(
+            f"{root} ({type(module).__name__}): its output was not computed from the input by torch calls that can be followed."
+        )
+    return simplify(trace.nodes, node)
+
+
+def _compare(network: Network, module: nn.Module, batch: Tensor, root: str) -> None:
+    """Raise unless network and module agree on two samples, in float64 if the module runs in it, else in its own dtype."""
+    with torch.no_grad():
+        values = network.values(batch.detach().flatten(1))
+        scale = 1e-300 + max(float(v.abs().max()) for v in values if v.numel())
+        casts = {n: t.detach().double() for n, t in _named_tensors(module) if t.is_floating_point()}
+        references: list[tuple[Callable[[], Any], float]] = [
+            (lambda: torch.func.functional_call(module, casts, (batch.double(),)), _TOLERANCE[torch.float64]),
+            (lambda: module(batch.clone()), _TOLERANCE.get(batch.dtype, 1e-4)),
+        ]
+        failure: Exception | None = None
+        worst = "it cannot be run again"
+        for reference, tolerance in references:
+            try:
+                output = reference()
+            except Exception as error:  # in float64 a module may refuse to run; its own dtype then decides
+                failure = error
+                continue
+            if not isinstance(output, Tensor) or output.numel() != values[-1].numel():
+                continue
+            difference = float((output.flatten(1) if output.ndim > 1 else output[:, None]).sub(values[-1]).abs().max())
+            if difference <= tolerance * scale:
+                return
+            worst = f"it differs by {difference:.3g}"
+    raise UnsupportedLayer(
+        f"{root} ({type(module).__name__}) does something that capture misreads: on a random input {worst} from the captured "
+        "network. Look for hooks that change outputs, randomness, or state; or bound a submodule with submodule=...."
+    ) from failure
+
+
+def _run(module: nn.Module, batch: Tensor, root: str) -> Any:
+    try:
+        return module(batch)
+    except LipguardError:
+        raise
+    except Exception as error:
+        raise InvalidExample(
+            f"{root} ({type(module).__name__}) fails on an example of shape {('B', *batch.shape[1:])}, {batch.dtype}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+class _Arrived(Exception):
+    """Ends a run of the whole model at the submodule."""
+
+
+def _arriving(model: nn.Module, part: nn.Module, sample: Tensor, example: Tensor) -> Tensor:
+    """The first row of what arrives at `part` when the model runs on the example; else the example's own first row."""
+    seen: list[tuple[Any, ...]] = []
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((*args, *kwargs.values()))
+        raise _Arrived
+
+    handle = part.register_forward_pre_hook(record, with_kwargs=True, prepend=True)
+    try:
+        with torch.no_grad():
+            model(sample.clone())
+    except Exception:  # the example is then the submodule's own input; errors are told there
+        pass
+    finally:
+        handle.remove()
+    if not seen:
+        return _rows(part, example)
+    tensors = [a for a in seen[0] if isinstance(a, Tensor)]
+    if len(seen[0]) != 1 or len(tensors) != 1:
+        raise UnsupportedLayer(f"the submodule is called with {len(seen[0])} arguments; one tensor is needed. Bound another one.")
+    return tensors[0][:1].detach()
+
+
+def _find(model: nn.Module, path: str) -> nn.Module:
+    module = model
+    for name in path.split("."):
+        children = dict(module.named_children())
+        if name not in children:
+            known = [n.replace("_orig_mod.", "") for n, _ in model.named_modules() if n]
+            raise UnknownName(f"the model has no submodule {path!r}; it has {', '.join(known) or 'none'}.")
+        module = _unwrap(children[name])
+    return module
+
+
+def _unwrap(module: nn.Module) -> nn.Module:
+    while isinstance(inner := module._modules.get("_orig_mod"), nn.Module):
+        module = inner
+    return module
+
+
+def _check(model: nn.Module, example: Tensor) -> None:
+    if not isinstance(example, Tensor):
+        raise InvalidExample(f"example is {type(example).__name__}; a tensor of shape (B, ...) is needed.")
+    if example.ndim < 2 or example.numel() == 0:
+        raise InvalidExample(f"example has shape {tuple(example.shape)}; a batch of shape (B, ...) with B >= 1 is needed.")
+    if not example.is_floating_point():
+        raise InvalidExample(f"example is {example.dtype}; a bound needs real-valued inputs, as in example.float().")
+    if not bool(example[0].isfinite().all()):
+        raise InvalidExample("example has nan or infinite entries.")
+    for name, tensor in _named_tensors(model):
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+            raise InvalidModel(f"model.{name} is not initialised yet. Run the lazy module once on an example.")
+        if tensor.is_meta:
+            raise InvalidModel(f"model.{name} is on the meta device and has no values. Load the weights first.")
+
+
+def _rows(model: nn.Module, example: Tensor) -> Tensor:
+    """The example's first row, (1, ...), with the dtype and device of the model's weights."""
+    row = example[:1].detach()
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    return row.clone() if parameter is None else row.to(parameter.device, parameter.dtype, copy=True)
+
+
+def _perturbed(row: Tensor, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(row.shape, generator=generator, dtype=torch.float64)
+    return row + (noise * max(float(row.abs().max()), 1.0)).to(row)
+
+
+def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _select(network: Network, outputs: Tensor | tuple[int, int]) -> Network:
+    m = network.outputs
+    if isinstance(outputs, Tensor):
+        if outputs.ndim != 2 or outputs.shape[1] != m:
+            raise UnsupportedQuery(f"outputs has shape {tuple(outputs.shape)}; a matrix (k, {m}) is needed for {m} outputs.")
+        return network.with_outputs(outputs)
+    i, j = outputs
+    if not (0 <= i < m and 0 <= j < m and i != j):
+        raise UnsupportedQuery(f"outputs = ({i}, {j}); two different classes from 0 to {m - 1} are needed.")
+    row = torch.zeros(1, m, dtype=torch.float64)
+    row[0, i], row[0, j] = 1.0, -1.0
+    return network.with_outputs(row)

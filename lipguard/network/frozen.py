@@ -1,0 +1,125 @@
+"""Running a module without leaving a trace: modes, attributes, tensors and random state return to what they were."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_STORES = ("_parameters", "_buffers", "_modules")
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module, parameter, buffer, gradient and random generator is as before.
+
+    Restored are the attributes of every module (the mode of each, weights that old-style parametrizations recompute),
+    its stores of parameters, buffers and modules, the values of parameters and buffers, requires_grad and .grad, and the
+    generators of torch on every device in use, of Python and of NumPy.
+    """
+    modules = list(model.modules())
+    attributes = [(m, dict(m.__dict__), [dict(m.__dict__[s]) for s in _STORES]) for m in modules]
+    tensors = [(t, t.detach().clone(), t.requires_grad, t.grad) for t in (*model.parameters(), *model.buffers())]
+    grads = [None if g is None else g.detach().clone() for *_, g in tensors]
+    with ExitStack() as stack:
+        stack.callback(_restore_tensors, tensors, grads)
+        stack.callback(_restore_attributes, attributes)
+        stack.callback(_generators())
+        stack.enter_context(torch.inference_mode(False))
+        for kind in {t.device.type for t, *_ in tensors} | {"cpu"}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for module in modules:
+            module.__dict__["training"] = False
+        yield
+
+
+@contextmanager
+def intercepted(model: nn.Module, forward: Callable[[nn.Module, str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Every submodule's forward replaced by forward(module, path, original); call it inside `frozen`, which undoes it.
+
+    Hooks are left out, but for those of torch's own reparametrizations (old weight_norm, spectral_norm, pruning), which
+    compute the weight. A hook that changes an output is thus not followed; the comparison with the module's own output,
+    in which hooks run as deployed, finds it.
+    """
+    saved = [(m, dict(m.__dict__)) for m in model.modules()]
+    try:
+        for path, module in model.named_modules():
+            state = module.__dict__
+            if state.get("_forward_hooks") or state.get("_backward_hooks") or state.get("_backward_pre_hooks"):
+                state["_forward_hooks"] = OrderedDict()
+                state["_backward_hooks"] = OrderedDict()
+                state["_backward_pre_hooks"] = OrderedDict()
+            if state.get("_forward_pre_hooks"):
+                state["_forward_pre_hooks"] = OrderedDict(
+                    (k, hook) for k, hook in state["_forward_pre_hooks"].items() if _computes_weight(hook)
+                )
+            state["_compiled_call_impl"] = None
+            original = module.__dict__.get("_orig_mod") or module._modules.get("_orig_mod") or module.forward
+            state["forward"] = forward(module, path, original)
+        yield
+    finally:
+        _restore_attributes([(m, attributes, None) for m, attributes in saved])
+
+
+def _computes_weight(hook: object) -> bool:
+    return type(hook).__module__ in ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm", "torch.nn.utils.prune")
+
+
+def _restore_attributes(attributes: list[tuple[nn.Module, dict[str, Any], Any]]) -> None:
+    for module, saved, stores in attributes:
+        _restore(module.__dict__, saved)
+        for name, store in zip(_STORES, stores or (), strict=False):
+            _restore(module.__dict__[name], store)
+
+
+def _restore(state: dict[str, Any], saved: dict[str, Any]) -> None:
+    if len(state) == len(saved) and all(k in state and state[k] is v for k, v in saved.items()):
+        return
+    state.clear()
+    state.update(saved)
+
+
+def _restore_tensors(tensors: list[tuple[Tensor, Tensor, bool, Tensor | None]], grads: list[Tensor | None]) -> None:
+    with torch.no_grad():
+        for (tensor, value, requires_grad, grad), grad_value in zip(tensors, grads, strict=True):
+            if not _same(tensor, value):
+                tensor.copy_(value)
+            if tensor.is_leaf and tensor.requires_grad != requires_grad:
+                tensor.requires_grad_(requires_grad)
+            if tensor.is_leaf and tensor.grad is not grad:
+                tensor.grad = grad
+            if grad is not None and grad_value is not None and not _same(grad, grad_value):
+                grad.copy_(grad_value)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    # Bit for bit where it matters: nan is unequal to itself, and then is compared as nan.
+    return torch.equal(a, b) or (a.is_floating_point() and bool(((a == b) | (a.isnan() & b.isnan())).all()))
+
+
+def _generators() -> Callable[[], None]:
+    states: list[Callable[[], object]] = []
+    cpu, python = torch.get_rng_state(), random.getstate()
+    states += [lambda: torch.set_rng_state(cpu), lambda: random.setstate(python)]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        cuda = torch.cuda.get_rng_state_all()
+        states.append(lambda: torch.cuda.set_rng_state_all(cuda))
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and hasattr(numpy, "random"):
+        numbers = numpy.random.get_state()
+        states.append(lambda: numpy.random.set_state(numbers))
+
+    def restore() -> None:
+        for state in states:
+            state()
+
+    return restore

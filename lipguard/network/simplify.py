@@ -1,0 +1,65 @@
+"""The nodes a trace emitted, without those that do not reach the output, and with diagonal maps folded into dense ones."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lipguard.network import Activation, Affine, Network, Node, Sum
+from lipguard.network.operators import Dense, Diagonal
+
+
+def simplify(nodes: Sequence[Node], output: int) -> Network:
+    """The network of the nodes that `output` needs.
+
+    A diagonal map (BatchNorm, a scaling, an added constant) whose source is an affine map that nothing else reads is
+    folded into it.
+    """
+    needed = {output}
+    for i in range(output, -1, -1):
+        if i in needed:
+            needed.update(_sources(nodes[i]))
+    needed.add(0)
+    readers = Counter(s for i in needed for s in _sources(nodes[i]))
+    kept: list[Node] = []
+    place: dict[int, int] = {}
+    for i in sorted(needed):
+        node = nodes[i]
+        if isinstance(node, Affine) and isinstance(node.operator, Diagonal) and readers[node.source] == 1:
+            source = nodes[node.source]
+            before = kept[place[node.source]]
+            if isinstance(source, Affine) and isinstance(before, Affine):
+                kept[place[node.source]] = _folded(before, node, node.operator)
+                place[i] = place[node.source]
+                continue
+        place[i] = len(kept)
+        kept.append(_moved(node, place))
+    return Network(tuple(kept))
+
+
+def _folded(first: Affine, second: Affine, diagonal: Diagonal) -> Affine:
+    # s (W x + b) + c = (s W) x + (s b + c)
+    operator = first.operator
+    if isinstance(operator, Dense):
+        scale = diagonal.scale if diagonal.scale.ndim == 0 else diagonal.scale[:, None]
+        operator = operator if diagonal.scalar() == 1.0 else Dense(scale * operator.weight)
+    else:
+        assert isinstance(operator, Diagonal)
+        operator = Diagonal(diagonal.scale * operator.scale, operator.size)
+    bias = second.bias
+    if first.bias is not None:
+        bias = diagonal.scale * first.bias if bias is None else diagonal.scale * first.bias + bias
+    return Affine(first.source, operator, bias, first.name)
+
+
+def _sources(node: Node) -> tuple[int, ...]:
+    if isinstance(node, Affine | Activation):
+        return (node.source,)
+    return node.sources if isinstance(node, Sum) else ()
+
+
+def _moved(node: Node, place: dict[int, int]) -> Node:
+    if isinstance(node, Affine | Activation):
+        return replace(node, source=place[node.source])
+    return replace(node, sources=tuple(place[s] for s in node.sources)) if isinstance(node, Sum) else node
