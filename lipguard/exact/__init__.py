@@ -1,0 +1,136 @@
+"""Exact Lipschitz constants of piecewise-linear networks, and enclosures where the time ends first."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lipguard.certificate import Domain, Enclosure, Norm, Query, norm_pair
+from lipguard.errors import UnknownName
+from lipguard.exact.problem import problem
+from lipguard.network import Network
+
+__all__ = ["METHODS", "exact"]
+
+METHODS = ("enumeration", "miqcqp", "milp", "branch-and-bound")
+"""What `method` may be, besides "auto"."""
+
+_REGIONS = 3e3
+"""`auto` enumerates up to this estimated number of regions, a few seconds of linear programs."""
+
+
+def exact(
+    model: nn.Module | Network,
+    example: Tensor | None = None,
+    *,
+    domain: Domain | None = None,
+    norm: Norm = 2,
+    method: str = "auto",
+    solver: str = "auto",
+    region: Literal["both", "closed", "strict"] = "both",
+    time_limit: float | None = None,
+    gap: float = 1e-6,
+    threads: int = 1,
+    outputs: Tensor | tuple[int, int] | None = None,
+    submodule: str | None = None,
+) -> Enclosure:
+    """Lipschitz constant of a piecewise-linear network: exact, or the enclosure that the time allows.
+
+    Args:
+        model: a module, with an `example` input of shape (1, ...), or a captured `Network`.
+        example: an input to trace the module with.
+        domain: Box, Ball, or None for all of R^d.
+        norm: 1, 2 or inf, or a pair (input, output).
+        method: "enumeration", "miqcqp", "milp", "branch-and-bound", or "auto".
+        solver: "gurobi", "scip", "highs" for the mixed-integer methods, or "auto".
+        region: for the mixed-integer methods: "closed" (upper bounds), "strict" (lower bounds), or "both", which
+            repairs the cases where they differ.
+        time_limit: seconds; None for no limit. Ctrl-C returns the enclosure known by then.
+        gap: relative gap (upper - lower) / upper at which to stop.
+        threads: of the solver.
+        outputs: a matrix (k, m) applied to the outputs, or a pair of classes (i, j) for the margin y_i - y_j.
+        submodule: name of the submodule to bound instead of the whole.
+    Returns:
+        lower <= constant <= upper. The lower end is verified; `upper_certificate.rigor` says whether the upper is.
+    Raises:
+        UnsupportedQuery: an activation is not piecewise linear, or the method cannot answer for this norm or domain.
+        InvalidDomain: the domain is empty, reversed, or of another dimension.
+        SolverUnavailable: no installed solver takes the program.
+        UnknownName: no such method, solver or region.
+    """
+    query = Query(norm_pair(norm), domain)
+    if method != "auto" and method not in METHODS:
+        raise UnknownName(f"method={method!r}: there are {', '.join(METHODS)} and 'auto'.")
+    network = _network(model, example, outputs, submodule)
+    problem(network, query)  # bad input is refused here, before any method starts
+    choice = ""
+    if method == "auto":
+        method, choice = choose(network, query)
+    enclosure = _run(network, query, method, solver, region, time_limit, gap, threads)
+    if choice:
+        enclosure = dataclasses.replace(enclosure, choice=f"{choice} {enclosure.choice}".strip())
+    return enclosure
+
+
+def choose(network: Network, query: Query) -> tuple[str, str]:
+    """The method `auto` takes for a query, and a sentence that says why."""
+    from lipguard.exact.enumeration import region_estimate
+    from lipguard.exact.mixed_integer import SOLVERS, kind_of
+
+    regions = region_estimate(network)
+    count = "more than 1e12" if math.isinf(regions) else f"{regions:.0f}"
+    size = f"{network.inputs} inputs, {network.neurons} neurons, at most {count} regions"
+    if regions <= _REGIONS:
+        return "enumeration", f"Enumeration: {size}."
+    kind = kind_of(query, network.inputs, network.outputs)
+    packages = {"gurobi": "gurobipy", "scip": "pyscipopt", "highs": "highspy"}
+    installed = [name for name in SOLVERS[kind] if importlib.util.find_spec(packages[name])]
+    if query.norm != (2.0, 2.0) and installed:
+        return kind, f"{kind.upper()}: {size}; norm {query.norm} has no SDP to prune with; installed: {', '.join(installed)}."
+    return "branch-and-bound", f"Branch and bound: {size}; its bounds are verified."
+
+
+def _run(
+    network: Network,
+    query: Query,
+    method: str,
+    solver: str,
+    region: Literal["both", "closed", "strict"],
+    time_limit: float | None,
+    gap: float,
+    threads: int,
+) -> Enclosure:
+    if method == "enumeration":
+        from lipguard.exact.enumeration import enumeration
+
+        return enumeration(network, query, time_limit=time_limit, gap=gap)
+    if method == "branch-and-bound":
+        module = importlib.import_module("lipguard.exact.branch_and_bound")
+        return module.branch_and_bound(network, query, time_limit=time_limit, gap=gap)
+    from lipguard.exact.mixed_integer import mixed_integer
+
+    return mixed_integer(
+        network, query, method=method, solver=solver, region=region, time_limit=time_limit, gap=gap, threads=threads
+    )
+
+
+def _network(
+    model: nn.Module | Network, example: Tensor | None, outputs: Tensor | tuple[int, int] | None, submodule: str | None
+) -> Network:
+    if not isinstance(model, Network):
+        from lipguard.network.capture import capture
+
+        return capture(model, example, submodule=submodule, outputs=outputs)
+    if outputs is None:
+        return model
+    if isinstance(outputs, tuple):
+        matrix = torch.zeros(1, model.outputs, dtype=torch.float64)
+        matrix[0, outputs[0]], matrix[0, outputs[1]] = 1.0, -1.0
+        return model.with_outputs(matrix)
+    return model.with_outputs(torch.as_tensor(outputs))
