@@ -6,25 +6,39 @@ The public names are resolved on first use, so that `import lipguard` loads neit
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_NAMES = {
+__all__ = [
+    "Ball",
+    "Box",
+    "Certificate",
+    "LipschitzMonitor",
+    "Network",
+    "Query",
+    "Tracker",
+    "bound",
+    "capture",
+    "lowers",
+    "verify",
+]
+
+_HOMES = {
     "Ball": "certificate",
     "Box": "certificate",
     "Certificate": "certificate",
-    "Query": "certificate",
+    "LipschitzMonitor": "callbacks",
     "Network": "network",
+    "Query": "certificate",
+    "Tracker": "bounds.tracker",
+    "bound": "bounds",
     "capture": "network.capture",
     "lowers": "network.capture",
-    "bound": "bounds",
-    "Tracker": "bounds.tracker",
     "verify": "verify",
-    "LipschitzMonitor": "callbacks",
 }
-
-__all__ = list(_NAMES)  # noqa: PLE0605 - the table above is the list
 
 if TYPE_CHECKING:
     from lipguard.bounds import bound
@@ -36,13 +50,23 @@ if TYPE_CHECKING:
     from lipguard.verify import verify
 
 
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: object) -> None:
+        # The import system binds each submodule in its package: a public function of the same name (verify) keeps its place.
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
 def __getattr__(name: str) -> object:
-    if name not in _NAMES:
-        raise AttributeError(f"module 'lipguard' has no attribute {name!r}; it has {', '.join(sorted(_NAMES))}.")
-    value = getattr(importlib.import_module(f"lipguard.{_NAMES[name]}"), name)
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lipguard' has no attribute {name!r}; it has {', '.join(__all__)}.")
+    value = getattr(importlib.import_module(f"lipguard.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_NAMES})
+    return sorted({*globals(), *__all__})

@@ -24,9 +24,10 @@ _PACKAGES = ("torch", "lightning", "pytorch-lightning", "numpy", "scipy", "cvxpy
 
 @dataclass(frozen=True)
 class Finding:
-    """One solver: whether it can be used here, under which licence, up to which size, or what it needs."""
+    """One solver: what it solves, whether it can be used here, under which licence, up to which size, or what it needs."""
 
     name: str
+    solves: str
     usable: bool
     version: str
     licence: str
@@ -53,10 +54,12 @@ def show(report: dict[str, object], console: Console) -> None:
     for name, value in {**versions, **hardware}.items():
         about.add_row(f"[dim]{name}[/dim]", str(value))
     console.print(about, "")
-    table = Table("", "solver", "version", "licence", "limits, or what it needs", box=None, header_style="dim", padding=(0, 1))
+    table = Table(
+        "", "solver", "for", "version", "licence", "limits, or what it needs", box=None, header_style="dim", padding=(0, 1)
+    )
     for solver in solvers:
         mark = "[green]✓[/green]" if solver["usable"] else "[red]✗[/red]"
-        table.add_row(mark, solver["name"], solver["version"], solver["licence"], solver["remark"])
+        table.add_row(mark, solver["name"], solver["solves"], solver["version"], solver["licence"], solver["remark"])
     console.print(table)
 
 
@@ -70,17 +73,17 @@ def _version(distribution: str) -> str:
 def _solvers() -> list[Finding]:
     findings = []
     for name, entry in registry.solvers().items():
-        package = entry.requires[-1] if entry.requires else "lipguard"
+        solves = ", ".join(entry.solves).upper()
         if not registry.available(name):
-            findings.append(Finding(name, False, "not installed", "", entry.hint))
+            findings.append(Finding(name, solves, usable=False, version="not installed", licence="", remark=entry.hint))
             continue
         usable, licence, remark = _PROBES.get(name, lambda: (True, "open source", "no limit"))()
-        findings.append(Finding(name, usable, _version(package), licence, remark))
+        findings.append(Finding(name, solves, usable, _version(entry.requires[-1]) if entry.requires else __version__, licence, remark))
     return findings
 
 
 def _own() -> tuple[bool, str, str]:
-    return True, "part of lipguard", "no limit"
+    return True, "lipguard's own", "no limit"
 
 
 def _gurobi() -> tuple[bool, str, str]:
@@ -96,9 +99,9 @@ def _gurobi() -> tuple[bool, str, str]:
     except gurobipy.GurobiError as error:
         _log.info("Gurobi: %s", error)
         if error.errno == gurobipy.GRB.Error.SIZE_LIMIT_EXCEEDED:
-            limits = "2000 variables and constraints, 200 variables with quadratic terms; larger models need a licence"
+            limits = "2000 variables, 200 with quadratic terms; a larger model needs a licence (academic: free)"
             return True, "size-limited", limits
-        return False, "none valid", f"{str(error).rstrip('.')}. Install a licence (academic ones are free)."
+        return False, "none valid", f"{str(error).rstrip('.')}; needs a licence (academic: free)"
     return True, "full", "no limit"
 
 
@@ -109,7 +112,7 @@ def _mosek() -> tuple[bool, str, str]:
             env.checkoutlicense(mosek.feature.pton)
     except mosek.MosekException as error:
         _log.info("MOSEK: %s", error)
-        return False, "none found", "A licence file (academic ones are free), named by MOSEKLM_LICENSE_FILE."
+        return False, "none found", "needs a licence file (academic: free), named by MOSEKLM_LICENSE_FILE"
     return True, "full", "no limit"
 
 

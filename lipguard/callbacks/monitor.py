@@ -160,7 +160,7 @@ class LipschitzMonitor(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measures after every `every_n_train_steps` optimizer steps."""
         every = self.every_n_train_steps
-        if every is None or trainer.fast_dev_run or trainer.global_step // every <= self._triggered_step // every:
+        if every is None or _is_dry_run(trainer) or trainer.global_step // every <= self._triggered_step // every:
             return
         self._triggered_step = trainer.global_step
         metrics = self._measure(trainer, pl_module)
@@ -189,14 +189,15 @@ class LipschitzMonitor(Callback):
             self._mark = None
 
     def _watched(self, trainer: Trainer) -> bool:
-        return any(str(getattr(callback, "monitor", "")).startswith(f"{self.prefix}/") for callback in trainer.callbacks)
+        callbacks: list[object] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue] - set outside __init__
+        return any(str(getattr(callback, "monitor", "")).startswith(f"{self.prefix}/") for callback in callbacks)
 
     def _epoch_due(self, trainer: Trainer) -> bool:
         if self.every_n_epochs is None or trainer.global_step == self._measured_step:
             return False
         # A callback that monitors a value must find one from the start: `callback_metrics` is empty at first and after a resume.
         missing = self._watched(trainer) and not self._measured_in_fit
-        return missing or bool(trainer.fast_dev_run) or (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        return missing or _is_dry_run(trainer) or (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
         """One measurement on rank 0, as values to log on every rank; empty under `barebones`."""
@@ -276,7 +277,7 @@ class LipschitzMonitor(Callback):
         if self.on_failure == "warn" and not self._warned:
             self._warned = True
             warnings.warn(
-                f"LipschitzMonitor logged no bound: {_told(error)} Training goes on; {self.prefix}/failed counts further failures.",
+                f"LipschitzMonitor logged no bound: {_told(error)} Training goes on; {self.prefix}/failed counts failures.",
                 stacklevel=3,
             )
 
@@ -300,6 +301,10 @@ class LipschitzMonitor(Callback):
                 reduce_fx=_REDUCE.get(kind, "max"),
                 batch_size=1,
             )
+
+
+def _is_dry_run(trainer: Trainer) -> bool:
+    return bool(trainer.fast_dev_run)  # pyright: ignore[reportAttributeAccessIssue] - set outside __init__
 
 
 def _told(error: Exception) -> str:
