@@ -19,6 +19,17 @@ __all__ = ["Finding", "examine", "show"]
 
 _log = logging.getLogger(__name__)
 
+_LICENCES = {
+    "interior-point": "lipguard's own",
+    "first-order": "lipguard's own",
+    "scs": "MIT",
+    "clarabel": "Apache-2.0",
+    "cvxopt": "GPL-3.0",
+    "scip": "Apache-2.0",
+    "highs": "MIT",
+}
+"""Solvers that need no licence file, by the licence of their code."""
+
 _PACKAGES = ("torch", "lightning", "pytorch-lightning", "numpy", "scipy", "cvxpy")
 
 
@@ -77,13 +88,13 @@ def _solvers() -> list[Finding]:
         if not registry.available(name):
             findings.append(Finding(name, solves, usable=False, version="not installed", licence="", remark=entry.hint))
             continue
-        usable, licence, remark = _PROBES.get(name, lambda: (True, "open source", "no limit"))()
-        findings.append(Finding(name, solves, usable, _version(entry.requires[-1]) if entry.requires else __version__, licence, remark))
+        usable, licence, remark = (
+            _PROBES[name]() if name in _PROBES else (True, _LICENCES.get(name, "see its package"), "no limit")
+        )
+        findings.append(
+            Finding(name, solves, usable, _version(entry.requires[-1]) if entry.requires else __version__, licence, remark)
+        )
     return findings
-
-
-def _own() -> tuple[bool, str, str]:
-    return True, "lipguard's own", "no limit"
 
 
 def _gurobi() -> tuple[bool, str, str]:
@@ -116,9 +127,5 @@ def _mosek() -> tuple[bool, str, str]:
     return True, "full", "no limit"
 
 
-_PROBES: dict[str, Callable[[], tuple[bool, str, str]]] = {
-    "interior-point": _own,
-    "first-order": _own,
-    "gurobi": _gurobi,
-    "mosek": _mosek,
-}
+_PROBES: dict[str, Callable[[], tuple[bool, str, str]]] = {"gurobi": _gurobi, "mosek": _mosek}
+"""Usable or not, licence, remark: of the solvers whose licence only trying can tell."""

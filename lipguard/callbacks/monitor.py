@@ -28,6 +28,9 @@ __all__ = ["LipschitzMonitor"]
 _FLOOR = 0.5
 """Seconds that a measurement may always take: small models are measured in full."""
 
+_SHARDED = ("FSDPStrategy", "ModelParallelStrategy")
+"""Strategies under which no rank holds the whole network."""
+
 _REDUCE: dict[str, str] = {"lower": "min"}
 """Lightning averages repeated logs by default, which is no bound; everything but the lower bound takes the maximum."""
 
@@ -231,6 +234,11 @@ class LipschitzMonitor(Callback):
         return {f"{self.prefix}/{name}": _outward(value, name) for name, value in values.items()}
 
     def _values(self, trainer: Trainer, pl_module: LightningModule, share: float) -> dict[str, float]:
+        strategy = type(trainer.strategy).__name__
+        if strategy in _SHARDED or getattr(trainer.strategy, "zero_stage_3", False):
+            raise UnsupportedQuery(
+                f"{strategy} shards the network, so that no rank can measure it. Bound its checkpoints instead."
+            )
         tracker = self._tracker
         if tracker is None or self._tracked is not pl_module:
             tracker = Tracker(
