@@ -70,7 +70,7 @@ def lipsdp(fb: Feedback, tied: bool = False) -> LipSDP:
     backward = min(fb.outputs, sum(fb.sizes[k] for k in heard) + (fb.inputs if -1 in out else 0))
     transposed = backward < forward
     if not transposed:
-        program = _program(fb.sizes, fb.inputs, rows, out, fb.outputs)
+        program = _program(fb.sizes, fb.inputs, rows, out)
         order, weights = index, squares
     else:
         # Layer k of the network is layer L - 1 - k of the program; Q' has the rows of Q for columns.
@@ -85,14 +85,14 @@ def lipsdp(fb: Feedback, tied: bool = False) -> LipSDP:
         outward = {last - k: rows[k][-1].T for k in seeing}
         if -1 in out:
             outward[-1] = out[-1].T
-        program = _program(tuple(reversed(fb.sizes)), fb.outputs, flipped, outward, fb.inputs)
+        program = _program(tuple(reversed(fb.sizes)), fb.outputs, flipped, outward)
         order = torch.cat([index[:0], *(index[s] for s in reversed(fb.slices))])
         weights = 1 / squares[order]
     if tied:
         groups = torch.cat([index[:0], *(torch.full_like(index[:size], k) for k, size in enumerate(program.sizes))])
         uniform = bool((weights == weights[:1]).all())
         program = SlopeProgram(
-            program.sizes, program.channels, program.rows, program.constant, groups, None if uniform else weights
+            program.sizes, program.channels, program.rows, program.out, groups, None if uniform else weights
         )
     return LipSDP(program, squares, order, transposed)
 
@@ -124,7 +124,7 @@ def _unit_slopes(fb: Feedback, alpha: Tensor, width: Tensor) -> tuple[list[dict[
 
 
 def _program(
-    sizes: tuple[int, ...], channels: int, rows: list[dict[int, Tensor]], out: dict[int, Tensor], outputs: int
+    sizes: tuple[int, ...], channels: int, rows: list[dict[int, Tensor]], out: dict[int, Tensor]
 ) -> SlopeProgram:
     """The program of blocks; channels that no neuron and no output can tell apart are merged by a QR."""
     seeing = [row[-1] for row in rows if -1 in row] + ([out[-1]] if -1 in out else [])
@@ -145,15 +145,4 @@ def _program(
         if -1 in out and reduced is not None:
             out = {**out, -1: reduced[start:]}
         channels = height
-    n = sum(sizes)
-    device = next((b.device for b in (*seeing, *out.values())), torch.device("cpu"))
-    y = torch.zeros(outputs, n + channels, dtype=torch.float64, device=device)
-    starts = torch.tensor((0, *sizes)).cumsum(0).tolist()
-    places = {k: slice(starts[k], starts[k + 1]) for k in range(len(sizes))} | {-1: slice(n, n + channels)}
-    for source, block in out.items():
-        y[:, places[source]] = block
-    touched = y.any(0).nonzero()[:, 0]
-    constant = torch.zeros(n + channels, n + channels, dtype=torch.float64, device=device)
-    part = y[:, touched]
-    constant[touched[:, None], touched] = part.T @ part
-    return SlopeProgram(sizes, channels, tuple(rows), constant)
+    return SlopeProgram(sizes, channels, tuple(rows), out)

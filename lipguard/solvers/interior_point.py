@@ -136,7 +136,7 @@ def _step_length(x: Tensor, d: Tensor, tries: int) -> float:
 def _solve(program: SlopeProgram, start: Tensor | None, tol: float, max_iterations: int, deadline: float) -> Proposal:
     n, order = program.neurons, program.order
     t, rho = program.interior() if start is None else program.interior(start, margin=0.05)
-    rho = max(rho, torch.finfo(program.constant.dtype).tiny ** 0.5) * (4.0 if start is None else 1.2)
+    rho = max(rho, torch.finfo(t.dtype).tiny ** 0.5) * (4.0 if start is None else 1.2)
     z = program.z(rho, t)
     factor = _cholesky(z)
     if factor is None:

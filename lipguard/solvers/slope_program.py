@@ -9,7 +9,7 @@ Q = [B A], B strictly lower block triangular; E selects the channels; C0 = [C D]
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,7 +27,7 @@ class SlopeProgram:
         sizes: neurons of each layer.
         channels: r.
         rows: Q by layer and source: `rows[k][l]` (n_k, n_l) for l < k, and `rows[k][-1]` (n_k, r).
-        constant: C0, (N, N), positive semidefinite.
+        out: [C D] by source: `out[l]` (m, n_l) and `out[-1]` (m, r); C0 = [C D]'[C D].
         groups: index of the multiplier of each neuron, (n,); None for one each. A group lies within one layer.
         weights: s, the fixed factor between a neuron's multiplier and its group's, (n,); None for ones.
     """
@@ -35,7 +35,7 @@ class SlopeProgram:
     sizes: tuple[int, ...]
     channels: int
     rows: tuple[Mapping[int, Tensor], ...]
-    constant: Tensor
+    out: Mapping[int, Tensor]
     groups: Tensor | None = None
     weights: Tensor | None = None
 
@@ -61,8 +61,24 @@ class SlopeProgram:
     def to(self, dtype: torch.dtype) -> SlopeProgram:
         """The same program in another precision."""
         rows = tuple({s: b.to(dtype) for s, b in row.items()} for row in self.rows)
+        out = {s: b.to(dtype) for s, b in self.out.items()}
         weights = None if self.weights is None else self.weights.to(dtype)
-        return SlopeProgram(self.sizes, self.channels, rows, self.constant.to(dtype), self.groups, weights)
+        return SlopeProgram(self.sizes, self.channels, rows, out, self.groups, weights)
+
+    @cached_property
+    def options(self) -> dict[str, torch.dtype | torch.device]:
+        """dtype and device of the program's tensors."""
+        block = next(b for row in (*self.rows, self.out) for b in row.values())
+        return {"dtype": block.dtype, "device": block.device}
+
+    @cached_property
+    def constant(self) -> Tensor:
+        """C0, (N, N), dense."""
+        c0 = torch.zeros(self.order, self.order, **self.options)  # type: ignore[arg-type]
+        for k, left in self.out.items():
+            for j, right in self.out.items():
+                c0[self.slices[k], self.slices[j]] = left.T @ right
+        return c0
 
     def spread(self, tau: Tensor) -> Tensor:
         """Multipliers of the neurons from those of the groups."""
@@ -137,42 +153,114 @@ class SlopeProgram:
         Raises:
             SolverFailed: a pivot is not positive definite in floating point.
         """
-        places = self.slices
-        s = self.constant.clone()
-        ones = torch.ones(self.neurons, dtype=s.dtype, device=s.device)
+        ones = torch.ones(self.neurons, **self.options)  # type: ignore[arg-type]
         done = (ones if self.weights is None else self.weights.clone()) if t is None else t.clone()
         largest = 0.0
-        for k in reversed(range(len(self.sizes))):
-            here = places[k]
+
+        def inside(k: int, s: Tensor | None) -> Tensor:
+            nonlocal largest
+            here = self.slices[k]
             guess = done[here]
             root = guess.rsqrt()
-            top = max(float(torch.linalg.eigvalsh(s[here, here] * root[:, None] * root)[-1]), 0.0)
+            top = 0.0 if s is None else _largest_eigenvalue(s * root[:, None] * root)
             # A layer that the output does not feel (S = 0) still needs a positive multiplier.
             factor = max(top, 1e-8 * largest, 1e-30) if t is None else max(1.0, top * (1 + margin) / 2)
             largest = max(largest, top)
-            guess = guess * factor
-            done[here] = guess
-            self._eliminate(s, k, guess)
-        last = s[places[-1], places[-1]]
-        rho = float(torch.linalg.eigvalsh((last + last.T) / 2)[-1]) if self.channels else 0.0
+            done[here] = guess * factor
+            return done[here]
+
+        last = self.eliminate(inside).schur
+        rho = 0.0 if last is None else max(float(torch.linalg.eigvalsh(last)[-1]), 0.0)
         if not math.isfinite(rho):
             raise SolverFailed("no interior point: the multipliers overflow.")
-        return done, max(rho, 0.0)
+        return done, rho
 
-    def _eliminate(self, s: Tensor, k: int, t: Tensor) -> None:
-        """Add to s the Schur complement of layer k's pivot 2 T_k - S_kk on everything before it."""
-        here, places = self.slices[k], self.slices
-        cross = {j: s[here, places[j]] for j in (*range(k), -1)}
-        for j, block in self.rows[k].items():
-            cross[j] = cross[j] + t[:, None] * block
-        felt = [j for j in cross if bool(cross[j].any())]
-        factor, info = torch.linalg.cholesky_ex(torch.diag(2 * t) - s[here, here])
-        if int(info) != 0:
-            raise SolverFailed("no interior point: a pivot of the chain is not positive definite.")
-        solved = {j: torch.linalg.solve_triangular(factor, cross[j], upper=False) for j in felt}
-        for i in felt:
-            for j in felt:
-                s[places[i], places[j]] += solved[i].T @ solved[j]
+    def eliminate(self, multipliers: Callable[[int, Tensor | None], Tensor]) -> Elimination:
+        """Eliminate the neurons from C0 - sum_j t_j S_j, layer by layer from the last to the first.
+
+        Block by block, so that a chain costs the sum of its layers' cubes; only blocks that fill in are formed.
+        Differentiable.
+
+        Args:
+            multipliers: (k, S_kk) -> t of layer k, whose pivot is 2 T_k - S_kk; S_kk None stands for 0.
+        Raises:
+            SolverFailed: a pivot is not positive definite in floating point.
+        """
+        s: dict[tuple[int, int], Tensor] = {}
+
+        def add(i: int, j: int, block: Tensor) -> None:
+            s[i, j] = s[i, j] + block if (i, j) in s else block
+
+        for i, left in self.out.items():
+            for j, right in self.out.items():
+                if j <= i:
+                    add(i, j, left.T @ right)
+        factors: dict[int, Tensor] = {}
+        solved: dict[int, dict[int, Tensor]] = {}
+        for k in reversed(range(len(self.sizes))):
+            own = s.get((k, k))
+            t = multipliers(k, own)
+            pivot = torch.diag(2 * t) if own is None else torch.diag(2 * t) - own
+            factors[k], info = torch.linalg.cholesky_ex(pivot)
+            if int(info) != 0:
+                raise SolverFailed("a pivot of the chain is not positive definite.")
+            felt = solved[k] = {}
+            for j in (-1, *range(k)):
+                cross = s.get((k, j))
+                if j in self.rows[k]:
+                    coupling = t[:, None] * self.rows[k][j]
+                    cross = coupling if cross is None else cross + coupling
+                if cross is not None:
+                    felt[j] = torch.linalg.solve_triangular(factors[k], cross, upper=False)
+            for i, left in felt.items():
+                for j, right in felt.items():
+                    if j <= i:
+                        add(i, j, left.T @ right)
+        return Elimination(s.get((-1, -1)), factors, solved)
+
+
+@dataclass(frozen=True, eq=False)
+class Elimination:
+    """What is left of Z when the neurons are eliminated, and the way back.
+
+    Attributes:
+        schur: S, (r, r), with Z(rho, t) >= 0 iff rho I >= S; None if no channel is felt.
+        factors: Cholesky factor of each layer's pivot.
+        solved: by layer k and earlier source j, factor_k^-1 times the coupling of k to j.
+    """
+
+    schur: Tensor | None
+    factors: dict[int, Tensor]
+    solved: dict[int, dict[int, Tensor]]
+
+    def responses(self, channels: Tensor) -> Tensor:
+        """The neurons w that attain x'Sx = max_w (x, w)'(C0 - sum_j t_j S_j)(x, w), for each column x of `channels`.
+
+        Returns:
+            (x, w) stacked as in the program's coordinates, shape (N, columns).
+        """
+        found = {-1: channels}
+        for k in sorted(self.factors):
+            terms = [block @ found[j] for j, block in self.solved[k].items()]
+            if not terms:
+                found[k] = channels.new_zeros(self.factors[k].shape[0], channels.shape[1])
+                continue
+            found[k] = torch.linalg.solve_triangular(self.factors[k].T, torch.stack(terms).sum(0), upper=True)
+        return torch.cat([*(found[k] for k in sorted(self.factors)), channels])
+
+
+def _largest_eigenvalue(s: Tensor) -> float:
+    """The largest eigenvalue of a positive semidefinite matrix, within a few per cent; never less by more than that."""
+    v = s.sum(1) + s.diagonal().sqrt()
+    value = 0.0
+    for _ in range(12):
+        length = float(torch.linalg.vector_norm(v))
+        if not length > 0:
+            break
+        v = s @ (v / length)
+        value = float(torch.linalg.vector_norm(v))
+    # Power iteration approaches from below; 5 % cover the rest except where the top eigenvalues crowd together.
+    return 1.05 * value
 
 
 @dataclass(frozen=True, eq=False)

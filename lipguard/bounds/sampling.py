@@ -1,0 +1,223 @@
+"""Lower bounds: ascent on the Jacobian's norm over inputs and directions, with a witness the checker accepts.
+
+For ReLU networks the Jacobian is piecewise constant, so its norm has no gradient. The slope of a neuron is therefore
+smoothed over a window, phi_h'(z) = (phi(z + h) - phi(z - h)) / 2h, which is differentiable in z and tends to phi';
+the windows shrink as the ascent goes on. What is reported is the true Jacobian at the best point.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lipguard.certificate import Certificate, Domain, Query, Witness
+from lipguard.errors import UnsupportedQuery
+from lipguard.network import Activation, Affine, Input, Network, Sum
+from lipguard.verify import verify
+
+
+@dataclass(frozen=True, eq=False)
+class Points:
+    """Inputs (k, d) and directions (k, d) from which a later ascent starts."""
+
+    inputs: Tensor
+    directions: Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Ascent from several inputs at once.
+
+    Attributes:
+        starts: inputs ascended in parallel.
+        steps: ascent steps.
+        seed: of the generator that draws the starts; the global random state is not touched.
+    """
+
+    starts: int = 32
+    steps: int = 60
+    seed: int = 0
+    time_limit: float | None = None
+
+    def __call__(self, network: Network, query: Query, state: Points | None = None) -> tuple[Certificate, Points]:
+        """The verified lower bound at the best point found, and the points for the next call.
+
+        Raises:
+            UnsupportedQuery: a pair of norms other than (1, q), (2, 2), (p, inf).
+            InvalidDomain: the domain does not fit the network.
+        """
+        began = time.perf_counter()
+        p, q = query.norm
+        if (p, q) != (2.0, 2.0) and p != 1 and q != math.inf:
+            raise UnsupportedQuery(f"sampling evaluates Jacobian norms from 1, to inf, and (2, 2), not {query.norm}.")
+        deadline = math.inf if self.time_limit is None else began + self.time_limit
+        x, v = self._start(network, query.domain, state)
+        with torch.inference_mode(False), torch.enable_grad():
+            x, v = _ascend(network, query, x, v, self.steps, deadline)
+        with torch.no_grad():
+            norms, directions = _jacobian_norms(network, x, v, query.norm)
+        best = int(norms.argmax())
+        witness = Witness(x[best], directions[best])
+        proposed = Certificate(float(norms[best]), "lower", query.norm, query.domain, network.digest, "sampling", witness)
+        order = norms.argsort(descending=True)
+        certificate = replace(verify(network, proposed), seconds=time.perf_counter() - began)
+        return certificate, Points(x[order], directions[order])
+
+    def _start(self, network: Network, domain: Domain | None, state: Points | None) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        d = network.inputs
+        if domain is not None:
+            x = domain.sample(self.starts, d, generator)
+        else:
+            # All of R^d: scales from 1/10 to 100, since biases decide where the regions lie.
+            scales = torch.logspace(-1, 2, self.starts, dtype=torch.float64)[:, None]
+            x = torch.randn(self.starts, d, generator=generator, dtype=torch.float64) * scales
+        v = torch.randn(self.starts, d, generator=generator, dtype=torch.float64)
+        if state is not None and state.inputs.shape[1] == d:
+            keep = min(len(state.inputs), max(1, self.starts // 2))
+            x[:keep], v[:keep] = state.inputs[:keep], state.directions[:keep]
+            if domain is not None:
+                x = domain.project(x)
+        return x.to(network.device), torch.nn.functional.normalize(v, dim=1).to(network.device)
+
+
+def _ascend(network: Network, query: Query, x: Tensor, v: Tensor, steps: int, deadline: float) -> tuple[Tensor, Tensor]:
+    """Adam-like ascent of log ||J_h(x) v|| in x with sign-normalised steps, a power iteration on v in every step."""
+    best = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
+    best_x, best_v = x.clone(), v.clone()
+    # One window and step length per sample, in proportion to its own scale.
+    scale = x.abs().amax(1, keepdim=True).clamp_min(1e-3)
+    if query.domain is not None:
+        lower, upper = (b.to(x) for b in query.domain.bounds(x.shape[1]))
+        scale = ((upper - lower) / 2).amax().clamp_min(1e-12).expand_as(scale)
+    for step in range(steps):
+        if time.perf_counter() > deadline:
+            break
+        window = 0.3 * 0.9**step
+        x = x.detach().requires_grad_(True)
+        v = v.detach().requires_grad_(True)
+        y, true = _forward(network, x, v, window)
+        gain = torch.linalg.vector_norm(y, query.norm[1], dim=1)
+        grad_x, grad_v = torch.autograd.grad(gain.clamp_min(1e-300).log().sum(), (x, v), allow_unused=True)
+        with torch.no_grad():
+            attained = torch.linalg.vector_norm(true, query.norm[1], dim=1)
+            better = attained > best
+            best = torch.where(better, attained, best)
+            best_x[better], best_v[better] = x[better].detach(), v[better].detach()
+            if grad_v is not None:
+                v = _dual_direction(grad_v, v.detach(), query.norm[0])
+            if grad_x is not None:
+                length = torch.linalg.vector_norm(grad_x, dim=1, keepdim=True).clamp_min(1e-300)
+                x = x + 0.3 * 0.93**step * scale * math.sqrt(x.shape[1]) * grad_x / length
+                x = x if query.domain is None else query.domain.project(x)
+    return best_x, best_v
+
+
+def _dual_direction(gradient: Tensor, fallback: Tensor, p: float) -> Tensor:
+    """The unit vector of the p-norm that the gradient points to most, row by row."""
+    if p == 2:
+        step = torch.nn.functional.normalize(gradient, dim=1)
+    elif p == math.inf:
+        step = gradient.sign()
+    else:
+        top = gradient.abs().argmax(1, keepdim=True)
+        step = torch.zeros_like(gradient).scatter_(1, top, gradient.gather(1, top).sign())
+    alive = gradient.abs().amax(1, keepdim=True) > 0
+    return torch.where(alive, step, fallback)
+
+
+def _forward(network: Network, x: Tensor, v: Tensor, window: float) -> tuple[Tensor, Tensor]:
+    """J_h(x) v with smoothed slopes, differentiable, and J(x) v with the true ones."""
+    values: list[Tensor] = []
+    smooth: list[Tensor] = []
+    true: list[Tensor] = []
+    for node in network.nodes:
+        match node:
+            case Input():
+                values.append(x)
+                smooth.append(v)
+                true.append(v.detach())
+            case Affine():
+                z = node.operator(values[node.source])
+                values.append(z if node.bias is None else z + node.bias)
+                smooth.append(node.operator(smooth[node.source]))
+                true.append(node.operator(true[node.source]))
+            case Activation():
+                z, phi = values[node.source], node.function
+                h = window * z.detach().abs().mean(1, keepdim=True).clamp_min(1e-12)
+                values.append(phi(z))
+                smooth.append((phi(z + h) - phi(z - h)) / (2 * h) * smooth[node.source])
+                low, high = phi.slope_range(z.detach(), z.detach())
+                true.append((low + high) / 2 * true[node.source])
+            case Sum():
+                values.append(torch.stack([values[s] for s in node.sources]).sum(0))
+                smooth.append(torch.stack([smooth[s] for s in node.sources]).sum(0))
+                true.append(torch.stack([true[s] for s in node.sources]).sum(0))
+    return smooth[-1], true[-1]
+
+
+def slopes_at(network: Network, x: Tensor) -> list[Tensor]:
+    """The slope of every neuron at the inputs x (k, d), one (k, size) tensor for each activation node; mean at a kink."""
+    values = network.values(x)
+    result = []
+    for i in network.activations:
+        node = network.nodes[i]
+        assert isinstance(node, Activation)
+        low, high = node.function.slope_range(values[node.source], values[node.source])
+        result.append((low + high) / 2)
+    return result
+
+
+def jacobian(network: Network, slopes: list[Tensor]) -> Tensor:
+    """Jacobians (k, m, d) for given slopes of the neurons, built from the output backwards: m rows are fewer than d columns."""
+    k = len(slopes[0]) if slopes else 1
+    eye = torch.eye(network.outputs, dtype=torch.float64, device=network.device).expand(k, -1, -1)
+    adjoint: dict[int, Tensor] = {len(network.nodes) - 1: eye}
+    position = {i: j for j, i in enumerate(network.activations)}
+
+    def add(i: int, value: Tensor) -> None:
+        adjoint[i] = adjoint[i] + value if i in adjoint else value
+
+    for i in reversed(range(len(network.nodes))):
+        if i not in adjoint:
+            continue
+        node, g = network.nodes[i], adjoint[i]
+        match node:
+            case Affine():
+                add(node.source, node.operator.transpose()(g))
+            case Activation():
+                add(node.source, g * slopes[position[i]][:, None, :])
+            case Sum():
+                for source in node.sources:
+                    add(source, g)
+            case Input():
+                pass
+    return adjoint[0] if 0 in adjoint else torch.zeros(k, network.outputs, network.inputs, dtype=torch.float64, device=network.device)
+
+
+def _jacobian_norms(network: Network, x: Tensor, v: Tensor, norm: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """||J(x)||_{p -> q} for every row of x, in floating point, and the directions that attain it."""
+    p, q = norm
+    rows = jacobian(network, slopes_at(network, x)).expand(len(x), -1, -1)
+    if p == 1:  # the largest q-norm of a column
+        lengths = torch.linalg.vector_norm(rows, q, dim=1)
+        value, column = lengths.max(1)
+        return value, torch.nn.functional.one_hot(column, x.shape[1]).to(torch.float64)
+    if (p, q) == (2.0, 2.0):
+        gram = rows @ rows.mT
+        values, vectors = torch.linalg.eigh(gram)
+        direction = (rows.mT @ vectors[:, :, -1:])[:, :, 0]
+        length = torch.linalg.vector_norm(direction, dim=1, keepdim=True)
+        # A vanishing Jacobian has no direction of its own; any will do.
+        return values[:, -1].clamp_min(0).sqrt(), torch.where(length > 0, direction, v)
+    # q = inf: the largest dual norm of a row.
+    dual = 1.0 if p == math.inf else 2.0
+    value, row = torch.linalg.vector_norm(rows, dual, dim=2).max(1)
+    chosen = rows[torch.arange(len(x)), row]
+    direction = torch.where(chosen >= 0, 1.0, -1.0) if p == math.inf else chosen
+    alive = direction.abs().amax(1, keepdim=True) > 0
+    return value, torch.where(alive, direction.to(torch.float64), v)

@@ -1,0 +1,160 @@
+"""`lipsdp-neuron` and `lipsdp-layer`: a solver proposes multipliers, the checker proves the bound they give."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lipguard import registry
+from lipguard.bounds.lipsdp import LipSDP, lipsdp
+from lipguard.bounds.spectral import Spectral
+from lipguard.certificate import Certificate, Multipliers, Query
+from lipguard.errors import NotCertified, SolverFailed, UnsupportedQuery
+from lipguard.network import Network
+from lipguard.solvers.slope_program import Proposal, SlopeProgram
+from lipguard.verify import verify
+
+Solver = Callable[[SlopeProgram, Tensor | None, float], Proposal]
+
+_LARGEST_DENSE = 1500
+"""Order of the matrix inequality up to which the interior point method is chosen: about ten seconds."""
+
+_LARGEST_CHECKED = 30_000
+"""Order up to which the checker's Cholesky factorisation fits in memory (7 GB)."""
+
+_PULLS = (1e-9, 1e-7, 1e-5, 1e-3, 1e-2, 0.1, 1.0)
+"""Margins by which multipliers outside the cone, or too near to its boundary, are pulled inside."""
+
+
+@dataclass(frozen=True, eq=False)
+class Warm:
+    """What a later call can start from: the network's multipliers (n,) and the rho they proved."""
+
+    t: Tensor
+    rho: float
+
+
+@dataclass(frozen=True)
+class Semidefinite:
+    """LipSDP for slope-restricted networks, 2-norm to 2-norm.
+
+    Attributes:
+        tied: one multiplier a layer instead of one a neuron.
+        solver: a registered name, or "auto": interior-point, and first-order for large networks.
+        tol: relative gap of the squared bound that the solver is asked for.
+        time_limit: seconds for the solver; the best multipliers found by then are proved.
+
+    Source: Fazlyab et al. 2019, arXiv:1906.04893.
+    """
+
+    tied: bool = False
+    solver: str = "auto"
+    tol: float = 1e-7
+    time_limit: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Name in the registry."""
+        return "lipsdp-layer" if self.tied else "lipsdp-neuron"
+
+    def __call__(self, network: Network, query: Query, state: Warm | None = None) -> tuple[Certificate, Warm | None]:
+        """The verified bound, and the state from which a neighbouring network's bound can be found sooner.
+
+        Where the solver fails, or its proposal proves nothing, the spectral product stands in and the note says why.
+
+        Raises:
+            UnsupportedQuery: a norm other than 2, or a network beyond the memory of the check.
+        """
+        began = time.perf_counter()
+        check_query(network, query, self.name)
+        problem = lipsdp(network.feedback(), self.tied)
+        program = problem.program
+        if not program.sizes or not any(-1 in row for row in (*program.rows, program.out)):
+            return Spectral()(network, query)
+        name = self.solver if self.solver != "auto" else ("interior-point" if program.order <= _LARGEST_DENSE else "first-order")
+        start = None if state is None or state.t.numel() != program.neurons else problem.to_program(state.t, state.rho)
+        notes: list[str] = []
+        try:
+            proposal = propose(name, program, start, self.tol, self.time_limit)
+            if proposal.message not in ("", "optimal"):
+                notes.append(f"{name}: {proposal.message}")
+        except SolverFailed as failure:
+            notes.append(f"{name}: {failure}")
+            proposal = None
+        certificate = certify(network, query, problem, proposal, self.name, notes)
+        evidence = certificate.evidence
+        warm = Warm(evidence.t, evidence.rho) if isinstance(evidence, Multipliers) else None
+        return replace(certificate, seconds=time.perf_counter() - began), warm
+
+
+def check_query(network: Network, query: Query, name: str) -> None:
+    """Refuse what LipSDP cannot answer.
+
+    Raises:
+        UnsupportedQuery: a norm other than 2, or a network beyond the memory of the check.
+    """
+    if query.norm != (2.0, 2.0):
+        raise UnsupportedQuery(f"{name} bounds the constant from 2-norm to 2-norm, not {query.norm}. Use method='spectral'.")
+    if network.neurons + min(network.inputs, network.neurons) > _LARGEST_CHECKED:
+        gigabytes = 8e-9 * network.neurons**2
+        raise UnsupportedQuery(
+            f"{name}: a matrix of {network.neurons} neurons takes {gigabytes:.0f} GB. Use method='spectral', or bound a submodule."
+        )
+
+
+def propose(name: str, program: SlopeProgram, start: Tensor | None, tol: float, time_limit: float | None) -> Proposal:
+    """Run one solver; `tol` is handed to those that have the option."""
+    entry = registry.solver(name)
+    if entry.solves and "sdp" not in entry.solves:
+        raise UnsupportedQuery(f"solver {name!r} solves {', '.join(entry.solves)} problems, not semidefinite programs.")
+    solver: Solver = entry.build(**({"tol": tol} if name == "interior-point" else {}))
+    deadline = math.inf if time_limit is None else time.perf_counter() + time_limit
+    return solver(program, start, deadline)
+
+
+def certify(
+    network: Network, query: Query, problem: LipSDP, proposal: Proposal | None, name: str, notes: list[str] | None = None
+) -> Certificate:
+    """The best bound the checker proves from a proposal, repaired where it must be; else the spectral product.
+
+    A solver's rho is never used: the least rho of its multipliers is found anew. Multipliers outside the cone are
+    pulled inside, by as little as it takes.
+    """
+    notes = [] if notes is None else notes
+    program = problem.program
+    if proposal is not None:
+        smallest = torch.finfo(torch.float64).tiny
+        t = torch.where(proposal.t.isfinite(), proposal.t.to(torch.float64), smallest).clamp_min(smallest)
+        for pull in (None, *_PULLS):
+            try:
+                inside, rho = _inside(program, t, pull)
+                # The transposed network's multipliers are rho / t: they need the rho that will be proved.
+                evidence = Multipliers(problem.to_network(inside, rho), rho)
+                proposed = Certificate(math.sqrt(rho), "upper", query.norm, query.domain, network.digest, name, evidence)
+                certificate = verify(network, proposed)
+            except (NotCertified, SolverFailed) as failure:
+                reason = failure
+                continue
+            if pull is not None:
+                notes.append(f"multipliers pulled inside the cone by {pull:g}")
+            details = {"gap": proposal.gap, "iterations": proposal.iterations}
+            return replace(certificate, details=details, note="; ".join(notes))
+        notes.append(f"NotCertified: {reason}")
+    fallback, _ = Spectral()(network, query)
+    return replace(fallback, note="; ".join([*notes, f"the spectral product {fallback.value:.6g} stands"]))
+
+
+def _inside(program: SlopeProgram, t: Tensor, pull: float | None) -> tuple[Tensor, float]:
+    if pull is None:
+        s = program.eliminate(lambda k, _: t[program.slices[k]]).schur
+        rho = 0.0 if s is None else float(torch.linalg.eigvalsh(s)[-1])
+    else:
+        t, rho = program.interior(t, margin=pull)
+    if not (math.isfinite(rho) and rho > 0):
+        raise SolverFailed(f"the multipliers give rho = {rho:g}.")
+    return t, rho

@@ -1,0 +1,160 @@
+"""First-order method for deep and very wide networks: L-BFGS on the multipliers' logarithms.
+
+Eliminating the neurons makes the least rho for given multipliers explicit, rho(t) = lambda_max(S(t)), at a cost linear in
+the depth of a chain, and any t whose pivots are positive gives a valid bound. The maximum is smoothed by Schatten norms
+(trace S^p)^(1/p) with p growing in stages: on the plain maximum quasi-Newton steps stall.
+
+Source: the recursion is the backward form of ECLipsE (Xu, Sivaranjani, arXiv:2404.04375); the smoothing is ours.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lipguard.errors import SolverFailed
+from lipguard.solvers.slope_program import Proposal, SlopeProgram
+
+_STAGES = (4.0, 16.0, 64.0, 256.0, 1024.0)
+
+
+@dataclass(frozen=True)
+class FirstOrder:
+    """Options of the method.
+
+    Attributes:
+        tol: a stage ends when ten steps lower log rho by less than this.
+        max_iterations: steps at most, over all stages.
+        memory: pairs kept by L-BFGS.
+    """
+
+    tol: float = 1e-6
+    max_iterations: int = 1500
+    memory: int = 30
+
+    def __call__(self, program: SlopeProgram, start: Tensor | None = None, deadline: float = math.inf) -> Proposal:
+        """Improve the multipliers until progress ends; the gap is not known (nan).
+
+        Args:
+            program: the program.
+            start: multipliers (n,) of a neighbouring program, or None.
+            deadline: `time.perf_counter()` value after which no further step is begun.
+        Raises:
+            SolverFailed: no interior point exists in floating point.
+        """
+        with torch.no_grad():
+            return self._solve(program, start, deadline)
+
+    def _solve(self, program: SlopeProgram, start: Tensor | None, deadline: float) -> Proposal:
+        t, rho = program.interior() if start is None else program.interior(start, margin=0.5)
+        x = program.group(t).log()
+        best, best_rho, used = x, rho, 0
+        if rho == 0:
+            return Proposal(t, rho, math.nan, 0, "the output does not feel the input.")
+        for p in _STAGES:
+            x, steps = self._stage(program, x, p, self.max_iterations - used, deadline)
+            used += steps
+            rho = least_rho(program, program.spread(x.exp()))
+            if rho < best_rho:
+                best, best_rho = x, rho
+            if used >= self.max_iterations or time.perf_counter() > deadline:
+                break
+        return Proposal(program.spread(best.exp()), best_rho, math.nan, used)
+
+    def _stage(self, program: SlopeProgram, x: Tensor, p: float, limit: int, deadline: float) -> tuple[Tensor, int]:
+        return _lbfgs(lambda x: smoothed(program, x, p), x, self.memory, limit, self.tol, deadline)
+
+
+def least_rho(program: SlopeProgram, t: Tensor) -> float:
+    """The least rho the multipliers t prove, in floating point; inf outside the cone."""
+    try:
+        s = program.eliminate(lambda k, _: t[program.slices[k]]).schur
+    except SolverFailed:
+        return math.inf
+    return 0.0 if s is None else max(float(torch.linalg.eigvalsh(s)[-1]), 0.0)
+
+
+def smoothed(program: SlopeProgram, x: Tensor, p: float) -> tuple[float, Tensor] | None:
+    """log of the Schatten-p norm of S at the group multipliers exp(x), and its gradient in x; None outside the cone.
+
+    S = sum_i lambda_i v_i v_i'. By the envelope theorem the derivative of v'Sv in t_j is -(x, w)'S_j(x, w) =
+    2 w_j (p_j - w_j) at the responses w of v: one back substitution for all eigenvectors, no second factorisation.
+    """
+    tau = x.exp()
+    t = program.spread(tau)
+    try:
+        eliminated = program.eliminate(lambda k, _: t[program.slices[k]])
+    except SolverFailed:
+        return None
+    if eliminated.schur is None:
+        return None
+    values, vectors = torch.linalg.eigh(eliminated.schur)
+    top = values[-1]
+    if not bool(top > 0) or not bool(top.isfinite()):
+        return None
+    ratios = (values / top).clamp_min(0)
+    powers = ratios**p
+    total = powers.sum()
+    weights = ratios ** (p - 1) / (total * top)
+    xw = eliminated.responses(vectors)
+    w = xw[: program.neurons]
+    gradient = 2 * (w * (program.q(xw) - w)) @ weights
+    gradient = program.gather(gradient) * tau
+    return (float(top.log() + total.log() / p), gradient) if bool(gradient.isfinite().all()) else None
+
+
+def _lbfgs(
+    function: Callable[[Tensor], tuple[float, Tensor] | None], x: Tensor, memory: int, limit: int, tol: float, deadline: float
+) -> tuple[Tensor, int]:
+    """Minimise by L-BFGS with an Armijo line search that treats None as an infinite value (Nocedal, Wright, 7.2)."""
+    current = function(x)
+    if current is None:
+        return x, 0
+    value, gradient = current
+    pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=memory)
+    recent: deque[float] = deque(maxlen=10)
+    for step in range(limit):
+        if time.perf_counter() > deadline:
+            return x, step
+        direction = _two_loops(gradient, pairs)
+        slope = float(gradient @ direction)
+        if slope >= 0:
+            pairs.clear()
+            direction, slope = -gradient, -float(gradient @ gradient)
+        length = 1.0 if pairs else min(1.0, 0.1 / max(float(direction.abs().max()), 1e-300))
+        for _ in range(30):
+            candidate = function(x + length * direction)
+            if candidate is not None and candidate[0] <= value + 1e-4 * length * slope:
+                break
+            length /= 2
+        else:
+            return x, step
+        s, y = length * direction, candidate[1] - gradient
+        if float(s @ y) > 1e-12 * float(y @ y) ** 0.5 * float(s @ s) ** 0.5:
+            pairs.append((s, y, 1 / float(s @ y)))
+        x, value, gradient = x + s, *candidate
+        recent.append(value)
+        if len(recent) == 10 and recent[0] - value < tol:
+            return x, step + 1
+    return x, limit
+
+
+def _two_loops(gradient: Tensor, pairs: deque[tuple[Tensor, Tensor, float]]) -> Tensor:
+    """-H gradient for the inverse Hessian H that L-BFGS builds from its pairs."""
+    q, weights = gradient.clone(), []
+    for s, y, inverse in reversed(pairs):
+        weight = inverse * float(s @ q)
+        weights.append(weight)
+        q -= weight * y
+    if pairs:
+        s, y, inverse = pairs[-1]
+        q /= inverse * float(y @ y)
+    for (s, y, inverse), weight in zip(pairs, reversed(weights), strict=True):
+        q += (weight - inverse * float(y @ q)) * s
+    return -q
