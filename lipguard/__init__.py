@@ -16,12 +16,14 @@ __all__ = [
     "Ball",
     "Box",
     "Certificate",
+    "Enclosure",
     "LipschitzMonitor",
     "Network",
     "Query",
     "Tracker",
     "bound",
     "capture",
+    "exact",
     "lowers",
     "verify",
 ]
@@ -30,12 +32,14 @@ _HOMES = {
     "Ball": "certificate",
     "Box": "certificate",
     "Certificate": "certificate",
+    "Enclosure": "certificate",
     "LipschitzMonitor": "callbacks",
     "Network": "network",
     "Query": "certificate",
     "Tracker": "bounds.tracker",
     "bound": "bounds",
     "capture": "network.capture",
+    "exact": "exact",
     "lowers": "network.capture",
     "verify": "verify",
 }
@@ -44,7 +48,8 @@ if TYPE_CHECKING:
     from lipguard.bounds import bound
     from lipguard.bounds.tracker import Tracker
     from lipguard.callbacks import LipschitzMonitor
-    from lipguard.certificate import Ball, Box, Certificate, Query
+    from lipguard.certificate import Ball, Box, Certificate, Enclosure, Query
+    from lipguard.exact import exact
     from lipguard.network import Network
     from lipguard.network.capture import capture, lowers
     from lipguard.verify import verify
@@ -52,7 +57,7 @@ if TYPE_CHECKING:
 
 class _Package(ModuleType):
     def __setattr__(self, name: str, value: object) -> None:
-        # The import system binds each submodule in its package: a public function of the same name (verify) keeps its place.
+        # The import system binds each submodule in its package: a public function of the same name (exact, verify) keeps its place.
         if not (name in _HOMES and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
