@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 
 import mpmath
 import pytest
@@ -11,11 +12,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812
 
 from lipguard.network import activations, smooth
 from lipguard.network.activations import Elementwise
 from lipguard.network.smooth import Smooth
+
+
+def _celu(z: Tensor) -> Tensor:
+    # torch's celu in float64 for values; its autograd divides by alpha in float32, so the derivative is written out.
+    value = F.celu(z, 0.7).detach()
+    return torch.where(z > 0, z, 0.7 * torch.exp(z / 0.7).where(z <= 0, 0.0)) if z.requires_grad else value
+
 
 GRID = torch.cat([torch.linspace(-30, 30, 6001, dtype=torch.float64), torch.tensor([-3.0, 0.0, 3.0, 6.0]).double()])
 
@@ -35,7 +43,7 @@ CASES: dict[str, tuple[Elementwise, Callable[[Tensor], Tensor]]] = {
     "elu-2": (smooth.elu(2.0), lambda z: F.elu(z, 2.0)),
     "elu-negative": (smooth.elu(-0.5), lambda z: F.elu(z, -0.5)),
     "selu": (smooth.selu(), F.selu),
-    "celu": (smooth.celu(0.7), lambda z: F.celu(z, 0.7)),
+    "celu": (smooth.celu(0.7), _celu),
     "tanh": (smooth.tanh(), torch.tanh),
     "sigmoid": (smooth.sigmoid(), torch.sigmoid),
     "logsigmoid": (smooth.logsigmoid(), F.logsigmoid),
@@ -83,7 +91,8 @@ def test_slope_range_encloses_the_derivative_inside(name: str, ends: tuple[float
     inner = (lower + share * (upper - lower)).clamp(lower, upper).requires_grad_()
     low, high = function.slope_range(lower, upper)
     slope = torch.autograd.grad(reference(inner).sum(), inner)[0]
-    slack = 1e-14  # autograd's own evaluation of the derivative
+    # autograd's own evaluation of the derivative; torch's hardsigmoid takes the sixth in float32
+    slack = 6e-9 if name == "hardsigmoid" else 1e-14
     assert bool((low - slack <= slope).all()) and bool((slope <= high + slack).all())
     assert bool((low >= function.slopes[0]).all()) and bool((high <= function.slopes[1]).all())
 
@@ -108,12 +117,18 @@ def test_infinite_and_degenerate_intervals(name: str) -> None:
 def test_relu_kink_counts_both_sides() -> None:
     zero = torch.zeros(1, dtype=torch.float64)
     assert [float(s) for s in activations.relu().slope_range(zero, zero)] == [0.0, 1.0]
+    for function in (activations.leaky_relu(0.1), activations.absolute(), smooth.elu(2.0), smooth.softplus()):
+        point = zero.clone().requires_grad_()
+        slope = torch.autograd.grad(function(point).sum(), point)[0]
+        low, high = function.slope_range(zero, zero)
+        assert low <= slope <= high, "autograd of the network must stay inside its own slope intervals at a kink"
     assert [float(s) for s in smooth.elu(2.0).slope_range(zero, zero)] == [1.0, 2.0]
-    assert [float(s) for s in smooth.hardswish().slope_range(zero + 3, zero + 3)] == [1.0, 1.5]
+    low, high = smooth.hardswish().slope_range(zero + 3, zero + 3)
+    assert 1 - 4 * smooth.ERROR <= low <= 1 and high == 1.5
 
 
 def test_hardsigmoid_slope_is_rounded_up() -> None:
-    assert mpmath.mpf(float(activations.hardsigmoid().slopes[1])) * 6 > 1
+    assert Fraction(float(activations.hardsigmoid().slopes[1])) * 6 > 1
     assert float(activations.hardsigmoid().slopes[0]) == 0.0
 
 

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ class Feedback:
     def slices(self) -> tuple[slice, ...]:
         """Place of each activation node's neurons among all neurons."""
         ends = torch.tensor((0, *self.sizes)).cumsum(0).tolist()
-        return tuple(slice(a, b) for a, b in zip(ends, ends[1:], strict=False))
+        return tuple(slice(a, b) for a, b in pairwise(ends))
 
     def dense(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A (n, d), B (n, n), C (m, n), D (m, d) as dense float64 matrices."""

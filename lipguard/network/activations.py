@@ -52,13 +52,13 @@ class PiecewiseLinear(Elementwise):
         self.value = torch.as_tensor(value, dtype=torch.float64)
 
     def __call__(self, z: Tensor) -> Tensor:
-        """phi(z): the value at the first break plus the integral of the slopes."""
-        first = self.breaks[0]
-        result = self.value + self.pieces[0] * (z - first).clamp(max=0)
-        for i in range(1, len(self.pieces)):
-            end = self.breaks[i] if i < len(self.breaks) else None
-            part = z.clamp(max=end) if end is not None else z
-            result = result + self.pieces[i] * (part - self.breaks[i - 1]).clamp(min=0)
+        """phi(z), by the piece that z lies on; at a break point autograd gives the slope of the piece on its left."""
+        start = self.value
+        result = start + self.pieces[0] * (z - self.breaks[0])
+        for i, left in enumerate(self.breaks):
+            if i > 0:
+                start = start + self.pieces[i] * (left - self.breaks[i - 1])
+            result = torch.where(z > left, start + self.pieces[i + 1] * (z - left), result)
         return result
 
     @property

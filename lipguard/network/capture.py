@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,10 @@ def capture(
 
 def _capture(model: nn.Module, example: Tensor, submodule: str | None, live: bool) -> Network:
     _check(model, example)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            place = f"model.{name}" if name else "model"
+            raise UnsupportedLayer(f"{place} is a scripted module, which hides its calls. Capture the module it was made from.")
     with frozen(model):
         part, root, sample = model, "model", _rows(model, example)
         if submodule:
@@ -88,14 +92,10 @@ def _trace(module: nn.Module, batch: Tensor, live: bool, root: str) -> Network:
 
             def call(*args: Any, **kwargs: Any) -> Any:
                 with trace.inside(path, module):
-                    if isinstance(module, torch.jit.ScriptModule):
-                        trace.refuse("is a scripted module, which hides its calls. Capture the module it was made from.")
                     return tracer.module(module, original, args, kwargs)
 
             return call
 
-        if isinstance(module, torch.jit.ScriptModule):
-            raise UnsupportedLayer(f"{root} is a scripted module, which hides its calls. Capture the module it was made from.")
         with intercepted(module, forward), tracer:
             output = _run(module, batch, root)
     if not isinstance(output, Tensor):
@@ -193,8 +193,8 @@ def _find(model: nn.Module, path: str) -> nn.Module:
 
 
 def _unwrap(module: nn.Module) -> nn.Module:
-    while isinstance(inner := module._modules.get("_orig_mod"), nn.Module):
-        module = inner
+    while "_orig_mod" in module._modules:
+        module = cast("nn.Module", module._modules["_orig_mod"])
     return module
 
 

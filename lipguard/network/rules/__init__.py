@@ -30,7 +30,7 @@ _OPERATORS = {
     "__idiv__": "div", "__rdiv__": "rdiv", "__rtruediv__": "rdiv", "__matmul__": "matmul", "__rmatmul__": "rmatmul",
     "__neg__": "neg", "__pos__": "positive", "__abs__": "abs", "__pow__": "pow", "__ipow__": "pow", "__rpow__": "rpow",
     "true_divide": "div", "divide": "div", "subtract": "sub", "multiply": "mul", "negative": "neg", "absolute": "abs",
-    "clip": "clamp",
+    "clip": "clamp", "log_sigmoid": "logsigmoid",
 }  # fmt: skip
 
 
