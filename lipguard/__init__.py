@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 class _Package(ModuleType):
     def __setattr__(self, name: str, value: object) -> None:
-        # The import system binds each submodule in its package: a public function of the same name (exact, verify) keeps its place.
+        # The import system binds each submodule in its package; a function of the same name (exact, verify) keeps its place.
         if not (name in _HOMES and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
