@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NoReturn
 
+from torch import nn
+
 from lipguard.network.rules import lowers
 from lipguard.network.trace import Trace
 
@@ -37,7 +39,7 @@ REASONS = {
     "round": "is a step function: it has no Lipschitz constant.",
     "floor": "is a step function: it has no Lipschitz constant.",
     "ceil": "is a step function: it has no Lipschitz constant.",
-    "threshold": "jumps at its threshold unless both sides agree there: write it as clamp(min=...).",
+    "_threshold": "jumps at its threshold unless both sides agree there: write it as clamp(min=...).",
     "hardshrink": "jumps at its threshold: it has no Lipschitz constant.",
     "embedding": "is a table look-up: its input is not a vector of real numbers.",
     "rnn_tanh": "is recurrent, which has no rule.",
@@ -54,7 +56,7 @@ REASONS = {
 }  # fmt: skip
 
 
-def _register(name: str, reason: str) -> None:
+def _register(name: str | type[nn.Module], reason: str) -> None:
     def rule(trace: Trace, *args: object, **kwargs: object) -> NoReturn:
         trace.refuse(reason)
 
@@ -63,3 +65,4 @@ def _register(name: str, reason: str) -> None:
 
 for _name, _reason in REASONS.items():
     _register(_name, _reason)
+_register(nn.MultiheadAttention, _QUADRATIC)  # as a whole: its own calls are splits and transposes
