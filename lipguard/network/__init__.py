@@ -153,6 +153,9 @@ class Network:
         for node in self.nodes:
             if isinstance(node, Affine):
                 return node.operator.device
+        for node in self.nodes:
+            if isinstance(node, Activation) and node.function.tensors():
+                return node.function.tensors()[0].device
         return torch.device("cpu")
 
     def __call__(self, x: Tensor) -> Tensor:
