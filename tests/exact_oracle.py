@@ -56,7 +56,8 @@ class Net:
 
         for layer in self.layers:
             affine(len(nodes) - 1, layer.weight, layer.bias, layer.skip)
-            function = PiecewiseLinear("test", *(torch.tensor(v, dtype=torch.float64) for v in (layer.breaks, layer.slopes)), layer.value)
+            breaks, slopes = (torch.tensor(v, dtype=torch.float64) for v in (layer.breaks, layer.slopes))
+            function = PiecewiseLinear("test", breaks, slopes, layer.value)
             nodes.append(Activation(len(nodes) - 1, function))
         affine(len(nodes) - 1, self.weight, None, self.skip)
         return Network(tuple(nodes))

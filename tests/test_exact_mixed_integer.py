@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from exact_oracle import DOMAINS, constant, random_net, trained_net
 from test_exact_enumeration import ABS, FOUR, HARDTANH, LEAKY
 
@@ -82,7 +83,7 @@ def test_class_pairs_and_functionals(domain):
     net.weight, kept = matrix @ net.weight, net.weight
     expected = constant(net, where, (2.0, 2.0))
     net.weight = kept
-    for outputs in ((0, 1), matrix):
+    for outputs in ((0, 1), torch.from_numpy(matrix)):
         found = exact(network, domain=where, method="miqcqp", outputs=outputs, time_limit=60)
         assert found.lower == pytest.approx(expected, rel=1e-9)
         assert found.upper == pytest.approx(expected, rel=2 * SOLVER)

@@ -8,9 +8,9 @@ import importlib.util
 import math
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
+from lipguard.bounds import network_of
 from lipguard.certificate import Domain, Enclosure, Norm, Query, norm_pair
 from lipguard.errors import UnknownName
 from lipguard.exact.problem import problem
@@ -63,11 +63,12 @@ def exact(
         InvalidDomain: the domain is empty, reversed, or of another dimension.
         SolverUnavailable: no installed solver takes the program.
         UnknownName: no such method, solver or region.
+        InvalidExample: a module is given without an example.
     """
     query = Query(norm_pair(norm), domain)
     if method != "auto" and method not in METHODS:
         raise UnknownName(f"method={method!r}: there are {', '.join(METHODS)} and 'auto'.")
-    network = _network(model, example, outputs, submodule)
+    network = network_of(model, example, submodule, outputs)
     problem(network, query)  # bad input is refused here, before any method starts
     choice = ""
     if method == "auto":
@@ -118,19 +119,3 @@ def _run(
     return mixed_integer(
         network, query, method=method, solver=solver, region=region, time_limit=time_limit, gap=gap, threads=threads
     )
-
-
-def _network(
-    model: nn.Module | Network, example: Tensor | None, outputs: Tensor | tuple[int, int] | None, submodule: str | None
-) -> Network:
-    if not isinstance(model, Network):
-        from lipguard.network.capture import capture
-
-        return capture(model, example, submodule=submodule, outputs=outputs)
-    if outputs is None:
-        return model
-    if isinstance(outputs, tuple):
-        matrix = torch.zeros(1, model.outputs, dtype=torch.float64)
-        matrix[0, outputs[0]], matrix[0, outputs[1]] = 1.0, -1.0
-        return model.with_outputs(matrix)
-    return model.with_outputs(torch.as_tensor(outputs))

@@ -203,6 +203,7 @@ class Encoding:
     def _neuron(self, place: int, i: int) -> None:
         rows, known = self._rows, self.known
         neuron, pieces, row = self.task.form.neurons[i], known.pieces[i], known.rows[i]
+        first, last = pieces[0], pieces[-1]
         if len(pieces) == 2:
             index = int(rows.binaries(1)[0])
             self.choices[i, pieces[0]] = _Indicator(index, -1.0, 1.0)
@@ -230,10 +231,10 @@ class Encoding:
             if len(pieces) > 2 or margin:
                 # With two pieces and no margin the two lines above already put p on its side of the break.
                 a, b = neuron.interval(k)
-                if math.isfinite(a) and k != pieces[0]:
+                if math.isfinite(a) and k != first:
                     short = max(a * one - p for p, one, _ in at) + margin
                     self._imply(choice, [*self._affine(row, 1.0), (self._one, np.array([-a]))], margin, np.inf, max(short, 0.0))
-                if math.isfinite(b) and k != pieces[-1]:
+                if math.isfinite(b) and k != last:
                     over = max(p - b * one for p, one, _ in at) + margin
                     self._imply(choice, [*self._affine(row, 1.0), (self._one, np.array([-b]))], -np.inf, -margin, max(over, 0.0))
 

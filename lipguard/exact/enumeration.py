@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lipguard.certificate import Enclosure, Query, Status
 from lipguard.exact.operator_norm import vector_norm
@@ -37,6 +39,16 @@ def region_estimate(network: Network) -> float:
 
 
 @dataclass(frozen=True, eq=False)
+class _Layer:
+    """Pre-activations G x + h of a layer under its predecessors' pattern, and which are constant."""
+
+    stop: int
+    g: Matrix
+    h: Matrix
+    constant: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
 class _Node:
     """A region of the first `decided` neurons, with a point inside it and its radius (nan: not known to exist)."""
 
@@ -46,6 +58,7 @@ class _Node:
     right: Matrix
     point: Matrix
     radius: float
+    layer: _Layer | None = None
 
 
 def enumeration(network: Network, query: Query, *, time_limit: float | None = None, gap: float = 1e-6) -> Enclosure:
@@ -108,8 +121,10 @@ class _Enumeration:
             node = stack.pop()
             if node.decided == self.form.size:
                 self._leaf(node)
-            else:
-                stack += self._split_layer(node)
+                continue
+            if node.layer is None or node.decided == node.layer.stop:
+                node = dataclasses.replace(node, layer=self._layer(node))
+            stack += self._split(node)
         return True
 
     def _leaf(self, node: _Node) -> None:
@@ -123,26 +138,26 @@ class _Enumeration:
         if best is None or value > best.value:
             self.task.incumbent = Incumbent(value, node.pattern, node.point, direction)
 
-    def _split_layer(self, node: _Node) -> list[_Node]:
-        """The parts of a node in which the whole next layer is decided."""
+    def _layer(self, node: _Node) -> _Layer:
         number = self.layer_of[node.decided]
         layer = self.form.layers[number]
         g, h = self.form.preactivations(node.pattern, number + 1)
         before = slice(0, layer.start)
-        slopes = np.abs(self.form.slopes_of(node.pattern)[before])
-        weights = np.abs(self.form.b_matrix[layer, before]) * slopes
+        weights = np.abs(self.form.b_matrix[layer, before]) * np.abs(self.form.slopes_of(node.pattern)[before])
         terms = np.abs(self.form.a[layer]).sum(1) + weights @ np.abs(g[before]).sum(1)
-        nodes = [node]
-        for i in range(layer.start, layer.stop):
-            constant = np.abs(g[i]).sum() <= _ZERO * terms[i - layer.start]
-            nodes = [part for each in nodes for part in self._split(each, i, g[i], float(h[i]), bool(constant))]
-        return nodes
+        constant = np.zeros(len(h), dtype=bool)
+        constant[layer] = np.abs(g[layer]).sum(1) <= _ZERO * terms
+        return _Layer(layer.stop, g, h, constant)
 
-    def _split(self, node: _Node, i: int, row: Matrix, height: float, constant: bool) -> list[_Node]:
+    def _split(self, node: _Node) -> list[_Node]:
+        """The parts of a node by the pieces of its next neuron."""
+        assert node.layer is not None
+        i = node.decided
+        row, height, constant = node.layer.g[i], float(node.layer.h[i]), bool(node.layer.constant[i])
         neuron = self.form.neurons[i]
-        at = float(row @ node.point) + height
         if constant or len(neuron.slopes) == 1:
-            return [self._child(node, i, int(np.searchsorted(neuron.breaks, height if constant else 0.0)), [], [])]
+            return [self._child(node, i, int(np.searchsorted(neuron.breaks, height)) if constant else 0, [], [])]
+        at = float(row @ node.point) + height
         length = vector_norm(row, 2) * self.task.domain.scale
         parts = []
         for piece in range(len(neuron.slopes)):
@@ -163,7 +178,7 @@ class _Enumeration:
             owners = np.zeros(len(child.right), dtype=np.intp)
             found = interior(self.task.domain, Cell(child.rows, child.right, owners))
             if found.exists:
-                parts.append(_Node(child.pattern, child.decided, child.rows, child.right, found.point, found.radius))
+                parts.append(dataclasses.replace(child, point=found.point, radius=found.radius))
         return parts
 
     def _child(
@@ -173,4 +188,5 @@ class _Enumeration:
         pattern[i] = piece
         all_rows = np.concatenate([node.rows, np.array(rows).reshape(len(rows), -1)]) if rows else node.rows
         all_right = np.concatenate([node.right, right]) if rows else node.right
-        return _Node(pattern, i + 1, all_rows, all_right, node.point, node.radius if radius is None else radius)
+        known = node.radius if radius is None else radius
+        return _Node(pattern, i + 1, all_rows, all_right, node.point, known, node.layer)

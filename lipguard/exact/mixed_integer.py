@@ -12,7 +12,7 @@ from typing import Literal, cast
 from lipguard.certificate import Certificate, Enclosure, Query, Status
 from lipguard.errors import SolverFailed, SolverUnavailable, UnknownName, UnsupportedQuery
 from lipguard.exact.degenerate import degenerate_subset
-from lipguard.exact.encoding import Encoding, Region
+from lipguard.exact.encoding import Encoding
 from lipguard.exact.preactivation import Bounds, bounds
 from lipguard.exact.problem import Problem, problem
 from lipguard.network import Network

@@ -8,6 +8,7 @@ a cone there, so that it meets this bounded set, and no constant is lost.
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass
 
@@ -275,7 +276,7 @@ def _chain(points: list[tuple[float, float]], sign: float) -> list[tuple[float, 
             chain.pop()
         chain.append(point)
     lines = []
-    for (x0, y0), (x1, y1) in zip(chain, chain[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(chain):
         slope = (y1 - y0) / (x1 - x0)
         # Whatever the slope rounds to, the height is the one that leaves every vertex on the right side.
         height = sign * max(sign * (y - slope * x) for x, y in points)

@@ -7,9 +7,9 @@ import logging
 import time
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
+from lipguard.bounds import bound
 from lipguard.certificate import Certificate, Enclosure, Query, SolverReport, Status, Witness
 from lipguard.errors import InvalidDomain, NotCertified, SolverUnavailable, UnsupportedQuery
 from lipguard.exact.operator_norm import operator_norm, supported
@@ -92,7 +92,7 @@ class Problem:
             points = self.query.domain.sample(count, d, generator)
         patterns = {tuple(pattern): pattern for pattern in (self.form.pattern_at(x) for x in points.numpy())}
         ranked = sorted(patterns.values(), key=lambda pattern: -self.norm(pattern)[0])
-        for pattern in ranked[:16]:
+        for pattern in ranked:
             if self.consider(pattern).radius > RADIUS or self.expired:
                 return
 
@@ -115,12 +115,9 @@ class Problem:
 
     def upper_certificate(self) -> Certificate | None:
         """The best verified upper bound that needs no search (LipSDP for norm 2), or None where there is none."""
+        limit = None if self.remaining is None else max(self.remaining / 4, 1.0)
         try:
-            from lipguard.bounds import bound
-        except ImportError:
-            return None
-        try:
-            return bound(self.network, norm=self.query.norm, domain=self.query.domain)
+            return bound(self.network, norm=self.query.norm, domain=self.query.domain, time_limit=limit)
         except (UnsupportedQuery, NotCertified, SolverUnavailable) as error:
             _LOGGER.info("no bound before the search: %s", error)
             return None

@@ -110,7 +110,11 @@ def solve(
         start.col_value = program.start.tolist()
         highs.setSolution(start)
     highs.HandleKeyboardInterrupt = True
-    highs.run()
+    interrupted = False
+    try:
+        highs.run()
+    except KeyboardInterrupt:
+        interrupted = True
     kinds_of_end: dict[Any, ResultStatus] = {
         highspy.HighsModelStatus.kOptimal: "optimal",
         highspy.HighsModelStatus.kInfeasible: "infeasible",
@@ -118,13 +122,15 @@ def solve(
         highspy.HighsModelStatus.kMemoryLimit: "memory limit",
         highspy.HighsModelStatus.kInterrupt: "interrupted",
     }
-    end = highs.getModelStatus()
+    end = highspy.HighsModelStatus.kInterrupt if interrupted else highs.getModelStatus()
     if end not in kinds_of_end:
         raise SolverFailed(f"HiGHS ended with {highs.modelStatusToString(end)!r}, which says nothing about the maximum.")
     status = kinds_of_end[end]
     message = f"HiGHS {highs.version()}: {status}"
     if status == "infeasible":
         return MixedIntegerResult(status, -np.inf, None, message)
+    if interrupted:
+        return MixedIntegerResult(status, np.inf, None, message)  # HiGHS publishes no bound on this way out
     info = highs.getInfo()
     feasible = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
     solution = np.array(highs.getSolution().col_value) if feasible else None

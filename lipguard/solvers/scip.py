@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def _solve(model: Any, program: MixedIntegerProgram, time_limit: float | None, g
     model.setParam("numerics/feastol", 1e-9)
     model.setParam("limits/gap", gap)
     model.setParam("timing/clocktype", 2)  # wall time
+    model.setParam("misc/catchctrlc", False)  # its handler prints to the terminal; _optimise has its own
     if time_limit is not None:
         model.setParam("limits/time", max(time_limit, 0.01))
     variables = [
@@ -103,7 +105,7 @@ def _solve(model: Any, program: MixedIntegerProgram, time_limit: float | None, g
         if total is not None:
             model.setSolVal(start, total, program.value(program.start) * (1 - 1e-12))
         model.addSol(start)
-    model.optimize()
+    interrupted = _optimise(model)
     statuses: dict[str, ResultStatus] = {
         "optimal": "optimal",
         "gaplimit": "optimal",
@@ -113,6 +115,8 @@ def _solve(model: Any, program: MixedIntegerProgram, time_limit: float | None, g
         "userinterrupt": "interrupted",
         "terminate": "interrupted",
     }
+    if interrupted:
+        statuses = {model.getStatus(): "interrupted"}
     if model.getStatus() not in statuses:
         raise SolverFailed(f"SCIP ended with status {model.getStatus()!r}, which says nothing about the maximum.")
     status = statuses[model.getStatus()]
@@ -122,6 +126,30 @@ def _solve(model: Any, program: MixedIntegerProgram, time_limit: float | None, g
     best = model.getBestSol() if model.getNSols() else None
     solution = None if best is None else np.array([model.getSolVal(best, variable) for variable in variables])
     return MixedIntegerResult(status, float(model.getDualbound()), solution, message)
+
+
+def _optimise(model: Any) -> bool:
+    """Solve in a thread that does not hold the interpreter, so that Ctrl-C arrives; True if it ended the solve."""
+    interrupted = False
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            model.optimizeNogil()
+        except BaseException as error:  # carried over to the caller's thread below
+            failures.append(error)
+
+    thread = threading.Thread(target=work, name="lipguard-scip", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        try:
+            thread.join(0.05)
+        except KeyboardInterrupt:
+            interrupted = True
+            model.interruptSolve()
+    if failures:
+        raise failures[0]
+    return interrupted
 
 
 def _finite(value: float) -> float | None:
