@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from exact_oracle import DOMAINS, constant, random_net, trained_net
+from exact_oracle import DOMAINS, Layer, Net, constant, random_net, trained_net
 from test_exact_enumeration import ABS, FOUR, HARDTANH, LEAKY
 
 import lipguard as lg
@@ -87,6 +87,25 @@ def test_class_pairs_and_functionals(domain):
         found = exact(network, domain=where, method="miqcqp", outputs=outputs, time_limit=60)
         assert found.lower == pytest.approx(expected, rel=1e-9)
         assert found.upper == pytest.approx(expected, rel=2 * SOLVER)
+
+
+def test_one_region_alone_is_half_an_enclosure():
+    network = NETS["random-0"].network()
+    true = constant(NETS["random-0"], BOX, (2.0, 2.0))
+    above = exact(network, domain=BOX, method="miqcqp", region="closed")
+    below = exact(network, domain=BOX, method="miqcqp", region="strict")
+    assert below.lower == pytest.approx(true, rel=1e-9) and below.upper_certificate.rigor == "verified"
+    assert above.status == "closed"  # the pattern of the closed maximum happens to have an interior
+    assert below.status in ("closed", "gap reached")
+
+
+def test_domains_without_interior():
+    # f(x, y) = |x| + 3 |y| where y = 1/2, and where only the kink is left.
+    net = Net([Layer(np.eye(2), np.zeros(2), **ABS)], np.array([[1.0, 3.0]])).network()
+    found = exact(net, domain=lg.Box([-1.0, 0.5], [1.0, 0.5]), norm=1, method="milp")
+    assert found.lower == pytest.approx(3.0, rel=1e-12) and found.upper == pytest.approx(3.0, rel=SOLVER)
+    with pytest.raises(lg.errors.InvalidDomain, match="lies on a kink"):
+        exact(net, domain=lg.Box([-1.0, 0.0], [1.0, 0.0]), norm=1, method="milp")
 
 
 @pytest.mark.slow

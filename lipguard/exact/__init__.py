@@ -21,8 +21,9 @@ __all__ = ["METHODS", "exact"]
 METHODS = ("enumeration", "miqcqp", "milp", "branch-and-bound")
 """What `method` may be, besides "auto"."""
 
-_REGIONS = 3e3
-"""`auto` enumerates up to this estimated number of regions, a few seconds of linear programs."""
+_REGIONS = 1e5
+"""`auto` enumerates up to this estimated number of regions: on boxes and balls a hundredth of them exist as a rule, a few
+seconds of linear programs (2-20-20-2 on [-1, 1]^2: estimate 45000, regions 268, 3 s)."""
 
 
 def exact(

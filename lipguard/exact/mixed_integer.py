@@ -102,6 +102,8 @@ class _Run:
             upper = self._search(limits, upper)
         except KeyboardInterrupt:
             self.status = "interrupted"
+        if self.status == "closed" and not self._done(upper.value):
+            self.status = "gap reached"  # the solver's own: closed and true maximum differ, or one region alone was asked for
         if upper.value < task.lower:
             upper = dataclasses.replace(upper, value=task.lower)  # within the solver's tolerance, see _accept
         details: dict[str, float | int | str] = {"cuts": self.cuts}
@@ -126,8 +128,10 @@ class _Run:
                 return upper
             value = encoding.to_norm(result.bound)
             if result.status == "infeasible":
-                # Every pattern with a larger norm is cut off: what remains is the incumbent.
-                value = self.task.lower
+                # The incumbent is a feasible point, which no cut removes and no cut-off excludes.
+                self._say(f"{self.used} calls a program infeasible that has a solution; its word was not used.")
+                self.status = "solver failed"
+                return upper
             upper = self._accept(value, upper, result)
             if result.solution is None or result.status != "optimal":
                 self._end(result)
