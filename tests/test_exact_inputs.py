@@ -187,6 +187,8 @@ def test_interrupt(method, monkeypatch):
 def test_auto_says_what_it_chose():
     few = exact(SMALL.network(), domain=BOX)
     assert few.method == "enumeration" and few.choice.startswith("Enumeration: 2 inputs, 7 neurons")
+    # Far from every kink nothing is in doubt, however large the network.
+    assert exact(LARGE.network(), domain=lg.Ball(0.4, 1e-3)).method == "enumeration"
     assert exact(random_net([4, 8, 3], 0).network(), domain=BOX).method == "enumeration"
     method, why = choose(LARGE.network(), lg.Query((INF, INF), BOX))
     assert method == "milp" and "installed" in why
@@ -264,3 +266,14 @@ def test_linear_programs_without_highspy(monkeypatch):
     assert direct.optimal and scipy.optimal
     assert direct.value == pytest.approx(1.75, abs=1e-9) and scipy.value == pytest.approx(1.75, abs=1e-9)
     assert np.allclose(direct.duals, scipy.duals, atol=1e-9)
+
+
+def test_the_climb_never_leaves_the_regions_that_exist():
+    for seed in range(4):
+        net = random_net([3, 5, 4, 2], seed)
+        task = problem(net.network(), lg.Query((2.0, 2.0), BOX))
+        task.sample(4)
+        before = task.lower
+        task.improve()
+        assert before <= task.lower <= constant(net, BOX, (2.0, 2.0)) * (1 + 1e-12)
+        assert lg.verify(task.network, task.lower_certificate("test")).value == pytest.approx(task.lower, rel=1e-11)

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import importlib.util
 import math
+import time
 from typing import Literal
 
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ METHODS = ("enumeration", "miqcqp", "milp", "branch-and-bound")
 _REGIONS = 1e5
 """`auto` enumerates up to this estimated number of regions: on boxes and balls a hundredth of them exist as a rule, a few
 seconds of linear programs (2-20-20-2 on [-1, 1]^2: estimate 45000, regions 268, 3 s)."""
+
+_BOUNDS_SECONDS = 5.0
+"""How long `auto` may tighten the bounds of neurons to learn which are in doubt."""
 
 
 def exact(
@@ -84,10 +88,13 @@ def choose(network: Network, query: Query) -> tuple[str, str]:
     """The method `auto` takes for a query, and a sentence that says why."""
     from lipguard.exact.enumeration import region_estimate
     from lipguard.exact.mixed_integer import SOLVERS, kind_of
+    from lipguard.exact.preactivation import bounds
 
-    regions = region_estimate(network)
-    count = "more than 1e12" if math.isinf(regions) else f"{regions:.0f}"
-    size = f"{network.inputs} inputs, {network.neurons} neurons, at most {count} regions"
+    task = problem(network, query)
+    known = bounds(task.form, task.domain, query.norm, deadline=time.monotonic() + _BOUNDS_SECONDS)
+    regions = region_estimate(task.form, known)
+    count = "more than 1e12" if math.isinf(regions) else f"at most {regions:.0f}"
+    size = f"{network.inputs} inputs, {network.neurons} neurons, {len(known.doubtful)} of them in doubt, {count} regions"
     if regions <= _REGIONS:
         return "enumeration", f"Enumeration: {size}."
     kind = kind_of(query, network.inputs, network.outputs)

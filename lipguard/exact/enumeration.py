@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from lipguard.certificate import Enclosure, Query, Status
 from lipguard.exact.operator_norm import vector_norm
-from lipguard.exact.piecewise import Matrix, Pattern
+from lipguard.exact.piecewise import Matrix, Pattern, PiecewiseForm
+from lipguard.exact.preactivation import Bounds
 from lipguard.exact.problem import Incumbent, Problem, problem
 from lipguard.exact.regions import RADIUS, Cell, interior
 from lipguard.network import Network
@@ -22,17 +23,16 @@ _CLEAR = 1e-3
 _ZERO = 1e-12
 
 
-def region_estimate(network: Network) -> float:
-    """How many regions a network may have: hyperplanes in general position in each layer, multiplied.
+def region_estimate(form: PiecewiseForm, known: Bounds) -> float:
+    """At most how many regions there are: hyperplanes in general position in each layer, multiplied.
 
-    Zaslavsky's count, sum of C(n, i) for i <= d, times the same for every further layer (with the dimension that
-    its predecessors leave); infinite past 1e12. An overestimate by a large factor as a rule.
+    Only kinks within reach of the pre-activation bounds count. Zaslavsky's count, sum of C(k, j) for j <= d, for the k
+    kinks of each layer; infinite past 1e12. An overestimate by a large factor as a rule.
     """
-    total, dimension = 1.0, network.inputs
-    for i in network.activations:
-        size = network.sizes[i]
-        total *= sum(math.comb(size, j) for j in range(min(dimension, size) + 1))
-        dimension = min(dimension, size)
+    total = 1.0
+    for layer in form.layers:
+        kinks = sum(len(known.pieces[i]) - 1 for i in range(layer.start, layer.stop))
+        total *= sum(math.comb(kinks, j) for j in range(min(form.inputs, kinks) + 1))
         if total > 1e12:
             return math.inf
     return total

@@ -96,6 +96,7 @@ class _Run:
         upper = known or task.claim(math.inf, self.method, "lipguard", "no bound before the search")
         try:
             task.sample()
+            task.improve()
             limits = bounds(task.form, task.domain, task.query.norm, deadline=self._half_way())
             if limits.norm < upper.value:
                 upper = task.claim(limits.norm, self.method, "lipguard", "product of norms on the domain, in float64")

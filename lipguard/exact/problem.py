@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -94,6 +95,31 @@ class Problem:
         ranked = sorted(patterns.values(), key=lambda pattern: -self.norm(pattern)[0])
         for pattern in ranked:
             if self.consider(pattern).radius > RADIUS or self.expired:
+                return
+
+    def improve(self, tries: int = 64, seconds: float = 10.0) -> None:
+        """Climb from the incumbent: change the piece of one neuron at a time, as long as the norm grows.
+
+        Args:
+            tries: linear programs a step; the changes with the largest norms are tried first.
+            seconds: limit of the climb; a quarter of what remains, if that is less.
+        """
+        limit = time.monotonic() + min(seconds, math.inf if self.remaining is None else self.remaining / 4)
+        while self.incumbent is not None:
+            base, best = self.incumbent.pattern, self.incumbent.value
+            ranked = []
+            for i, neuron in enumerate(self.form.neurons):
+                for piece in {int(base[i]) - 1, int(base[i]) + 1} & set(range(len(neuron.slopes))):
+                    other = base.copy()
+                    other[i] = piece
+                    ranked.append((self.norm(other)[0], other))
+                if time.monotonic() > limit:
+                    return
+            ranked = sorted((pair for pair in ranked if pair[0] > best * (1 + 1e-9)), key=lambda pair: -pair[0])
+            for _, other in ranked[:tries]:
+                if time.monotonic() > limit or self.consider(other).radius > RADIUS:
+                    break
+            if time.monotonic() > limit or self.incumbent.value <= best:
                 return
 
     def lower_certificate(self, method: str) -> Certificate:
