@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lipguard import registry
 from lipguard.certificate import Certificate, Domain, Norm, Query, norm_pair
 from lipguard.network import Network
+from lipguard.solvers.threads import one_thread
 
 __all__ = ["bound"]
 
@@ -58,7 +59,8 @@ def bound(
     network = network_of(model, example, submodule, outputs)
     if domain is not None:
         domain.bounds(network.inputs)
-    certificate, _ = entry.build(**options)(network, query, None)
+    with one_thread():
+        certificate, _ = entry.build(**options)(network, query, None)
     return certificate
 
 

@@ -130,9 +130,10 @@ def certify(
     if proposal is not None:
         smallest = torch.finfo(torch.float64).tiny
         t = torch.where(proposal.t.isfinite(), proposal.t.to(torch.float64), smallest).clamp_min(smallest)
-        for pull in (None, *_PULLS):
+        reason: Exception | None = None
+        for pull in (*((math.nan,) if proposal.inside else ()), None, *_PULLS):
             try:
-                inside, rho = _inside(program, t, pull)
+                inside, rho = (t, proposal.rho) if pull is not None and math.isnan(pull) else _inside(program, t, pull)
                 # The transposed network's multipliers are rho / t: they need the rho that will be proved.
                 evidence = Multipliers(problem.to_network(inside, rho), rho)
                 proposed = Certificate(math.sqrt(rho), "upper", query.norm, query.domain, network.digest, name, evidence)
@@ -140,7 +141,7 @@ def certify(
             except (NotCertified, SolverFailed) as failure:
                 reason = failure
                 continue
-            if pull is not None:
+            if pull is not None and not math.isnan(pull):
                 notes.append(f"multipliers pulled inside the cone by {pull:g}")
             details = {"gap": proposal.gap, "iterations": proposal.iterations}
             return replace(certificate, details=details, note="; ".join(notes))

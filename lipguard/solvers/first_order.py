@@ -68,7 +68,10 @@ class FirstOrder:
         return Proposal(program.spread(best.exp()), best_rho, math.nan, used)
 
     def _stage(self, program: SlopeProgram, x: Tensor, p: float, limit: int, deadline: float) -> tuple[Tensor, int]:
-        return _lbfgs(lambda x: smoothed(program, x, p), x, self.memory, limit, self.tol, deadline)
+        def ends(values: list[float]) -> bool:
+            return time.perf_counter() > deadline or len(values) > limit or (len(values) > 10 and values[-11] - values[-1] < self.tol)
+
+        return lbfgs(lambda x: smoothed(program, x, p), x, self.memory, ends)
 
 
 def least_rho(program: SlopeProgram, t: Tensor) -> float:
@@ -109,40 +112,47 @@ def smoothed(program: SlopeProgram, x: Tensor, p: float) -> tuple[float, Tensor]
     return (float(top.log() + total.log() / p), gradient) if bool(gradient.isfinite().all()) else None
 
 
-def _lbfgs(
-    function: Callable[[Tensor], tuple[float, Tensor] | None], x: Tensor, memory: int, limit: int, tol: float, deadline: float
+def lbfgs(
+    function: Callable[[Tensor], tuple[float, Tensor] | None], x: Tensor, memory: int, ends: Callable[[list[float]], bool]
 ) -> tuple[Tensor, int]:
-    """Minimise by L-BFGS with an Armijo line search that treats None as an infinite value (Nocedal, Wright, 7.2)."""
+    """Minimise by L-BFGS with an Armijo line search that treats None as an infinite value (Nocedal, Wright, 7.2).
+
+    Args:
+        function: x -> value and gradient, or None outside the domain.
+        x: start, (n,).
+        memory: pairs kept.
+        ends: asked before every step with all values so far.
+    Returns:
+        The last point and the number of steps.
+    """
     current = function(x)
     if current is None:
         return x, 0
     value, gradient = current
+    values = [value]
     pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=memory)
-    recent: deque[float] = deque(maxlen=10)
-    for step in range(limit):
-        if time.perf_counter() > deadline:
-            return x, step
+    while not ends(values):
         direction = _two_loops(gradient, pairs)
         slope = float(gradient @ direction)
         if slope >= 0:
             pairs.clear()
             direction, slope = -gradient, -float(gradient @ gradient)
-        length = 1.0 if pairs else min(1.0, 0.1 / max(float(direction.abs().max()), 1e-300))
+        # Multipliers live on a logarithmic scale: a first step changes none by more than a tenth.
+        length = 1.0 if pairs else min(1.0, 0.1 / max(float(direction.abs().max()), 1e-30))
         for _ in range(30):
             candidate = function(x + length * direction)
             if candidate is not None and candidate[0] <= value + 1e-4 * length * slope:
                 break
             length /= 2
         else:
-            return x, step
+            break
         s, y = length * direction, candidate[1] - gradient
-        if float(s @ y) > 1e-12 * float(y @ y) ** 0.5 * float(s @ s) ** 0.5:
-            pairs.append((s, y, 1 / float(s @ y)))
+        curvature = float(s @ y)
+        if curvature > 1e-12 * float(torch.linalg.vector_norm(y)) * float(torch.linalg.vector_norm(s)):
+            pairs.append((s, y, 1 / curvature))
         x, value, gradient = x + s, *candidate
-        recent.append(value)
-        if len(recent) == 10 and recent[0] - value < tol:
-            return x, step + 1
-    return x, limit
+        values.append(value)
+    return x, len(values) - 1
 
 
 def _two_loops(gradient: Tensor, pairs: deque[tuple[Tensor, Tensor, float]]) -> Tensor:

@@ -72,12 +72,17 @@ class SlopeProgram:
         return {"dtype": block.dtype, "device": block.device}
 
     @cached_property
+    def gram(self) -> dict[tuple[int, int], Tensor]:
+        """The blocks (i, j), j <= i, of C0."""
+        return {(i, j): left.T @ right for i, left in self.out.items() for j, right in self.out.items() if j <= i}
+
+    @cached_property
     def constant(self) -> Tensor:
         """C0, (N, N), dense."""
         c0 = torch.zeros(self.order, self.order, **self.options)  # type: ignore[arg-type]
-        for k, left in self.out.items():
-            for j, right in self.out.items():
-                c0[self.slices[k], self.slices[j]] = left.T @ right
+        for (i, j), block in self.gram.items():
+            c0[self.slices[i], self.slices[j]] = block
+            c0[self.slices[j], self.slices[i]] = block.T
         return c0
 
     def spread(self, tau: Tensor) -> Tensor:
@@ -191,10 +196,7 @@ class SlopeProgram:
         def add(i: int, j: int, block: Tensor) -> None:
             s[i, j] = s[i, j] + block if (i, j) in s else block
 
-        for i, left in self.out.items():
-            for j, right in self.out.items():
-                if j <= i:
-                    add(i, j, left.T @ right)
+        s.update(self.gram)
         factors: dict[int, Tensor] = {}
         solved: dict[int, dict[int, Tensor]] = {}
         for k in reversed(range(len(self.sizes))):
@@ -268,6 +270,8 @@ class Proposal:
     """What a solver returns: multipliers and the rho they should prove, with what it believes of them.
 
     `gap` is the relative distance (rho - dual value) / rho by the solver's own account; nan where it has none.
+    `rho` is believed by the checker only after its own proof; a solver that keeps to the cone sets `inside`, and then
+    this rho is tried as it is, else the least rho of the multipliers is found first.
     """
 
     t: Tensor
@@ -275,3 +279,4 @@ class Proposal:
     gap: float
     iterations: int
     message: str = ""
+    inside: bool = False

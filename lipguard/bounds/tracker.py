@@ -1,0 +1,201 @@
+"""`Tracker`: bounds of a network that keeps changing, measurement after measurement, each verified.
+
+A measurement captures the weights, improves the multipliers from the last measurement's, proves the upper bound they
+give and a witnessed lower bound. How far the multipliers are improved depends on the seconds it may take: small
+networks are solved in full; large ones take as many first-order steps as the time allows, in single precision, since
+the checker settles the value in any case.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lipguard import registry
+from lipguard.bounds import network_of
+from lipguard.bounds.lipsdp import lipsdp
+from lipguard.bounds.refine import refine
+from lipguard.bounds.sampling import Points, Sampling
+from lipguard.bounds.semidefinite import Semidefinite, Warm, certify, check_query, propose
+from lipguard.bounds.spectral import Spectral
+from lipguard.certificate import Certificate, Domain, Factors, Norm, Query, norm_pair
+from lipguard.errors import Contradiction, LipguardError, SolverFailed
+from lipguard.network import Affine, Network
+from lipguard.solvers.threads import one_thread
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """One measurement: verified bounds on both sides, and what they cost."""
+
+    upper: Certificate
+    lower: Certificate
+    seconds: float
+    network: Network
+    note: str = ""
+
+    @property
+    def gap(self) -> float:
+        """upper / lower - 1; inf where the lower bound is 0."""
+        return self.upper.value / self.lower.value - 1 if self.lower.value > 0 else math.inf
+
+    @cached_property
+    def spectral(self) -> Certificate:
+        """The verified product of the layers' norms, for comparison; computed when first asked for."""
+        return Spectral()(self.network, Query(self.upper.norm, self.upper.domain))[0]
+
+    @cached_property
+    def layers(self) -> dict[str, float]:
+        """Verified norm of every affine layer, by name."""
+        evidence = self.spectral.evidence
+        assert isinstance(evidence, Factors)
+        from lipguard.verify.factors import prove_norm
+
+        p = self.upper.norm[0]
+        nodes = {i: n for i, n in enumerate(self.network.nodes) if isinstance(n, Affine)}
+        return {n.name or f"node{i}": prove_norm(n.operator, evidence.norms[i], p, n.name) for i, n in nodes.items()}
+
+
+@dataclass
+class Tracker:
+    """Verified Lipschitz bounds of a model as it trains; for any training loop.
+
+    Args:
+        model: the module; read in eval mode, left exactly as it is.
+        example: a batch of inputs that the module accepts.
+        method, norm, domain, solver, submodule: as for `lipguard.bound`.
+        tol: relative gap of the squared bound at which a full solve ends.
+
+    Example:
+        >>> tracker = lg.Tracker(model, torch.zeros(1, 784))
+        >>> upper, lower = tracker.update()
+    """
+
+    model: nn.Module
+    example: Tensor | None
+    method: str | None = None
+    norm: Norm = 2
+    domain: Domain | None = None
+    submodule: str | None = None
+    solver: str = "auto"
+    tol: float = 1e-4
+    last: Measurement | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        """Check names and the query at once, so that a mistake costs no training."""
+        self._query = Query(norm_pair(self.norm), self.domain)
+        self._name = self.method or ("lipsdp-neuron" if self._query.norm == (2.0, 2.0) else "spectral")
+        registry.method(self._name)
+        if self.solver != "auto":
+            registry.solver(self.solver)
+        self._warm: Any = None
+        self._points: Points | None = None
+        self._reserve = 0.0  # seconds that proving the last value took
+        self._pace = 0.0  # seconds of a full solve, divided by the cube of its order
+
+    def update(self, seconds: float | None = None, floor: float = 0.5) -> tuple[float, float]:
+        """Measure now.
+
+        Args:
+            seconds: time this measurement should take at most; None for no limit. It is a target: capture and
+                verification are always done.
+            floor: time it may take all the same while the value is still visibly improving.
+        Returns:
+            (upper, lower): verified bounds, upper rounded up and lower rounded down. `last` has the certificates.
+        Raises:
+            LipguardError: the model cannot be captured (nan weights, unsupported layer), or the domain does not fit.
+            Contradiction: a verified lower bound exceeds a verified upper bound, which would be a bug.
+        """
+        with one_thread():
+            return self._measure(seconds, floor)
+
+    def _measure(self, seconds: float | None, floor: float) -> tuple[float, float]:
+        began = time.perf_counter()
+        network = network_of(self.model, self.example, self.submodule)
+        if self.domain is not None:
+            self.domain.bounds(network.inputs)
+        lower = self._lower(network, seconds)
+        spent = time.perf_counter() - began
+        left = None if seconds is None else max(seconds - spent - self._reserve, 0.0)
+        upper = self._upper(network, left, max(floor - spent - self._reserve, 0.0))
+        if lower.value > upper.value:
+            raise Contradiction(f"the verified lower bound {lower.value!r} exceeds the verified upper bound {upper.value!r}. Please report this.")
+        note = "; ".join(n for n in (upper.note, lower.note) if n)
+        self.last = Measurement(upper, lower, time.perf_counter() - began, network, note)
+        return upper.value, lower.value
+
+    def _upper(self, network: Network, seconds: float | None, floor: float) -> Certificate:
+        began = time.perf_counter()
+        if not self._name.startswith("lipsdp"):
+            certificate, self._warm = registry.method(self._name).build()(network, self._query, self._warm)
+            return certificate
+        check_query(network, self._query, self._name)
+        tied = self._name == "lipsdp-layer"
+        problem = lipsdp(network.feedback(), tied)
+        program = problem.program
+        if not program.sizes or not any(-1 in row for row in (*program.rows, program.out)):
+            return Spectral()(network, self._query)[0]
+        warm = self._warm if isinstance(self._warm, Warm) and self._warm.t.numel() == program.neurons else None
+        start = None if warm is None else problem.to_program(warm.t, warm.rho)
+        expected = self._pace * program.order**3
+        allowed = math.inf if seconds is None else max(seconds, floor / 4)
+        in_full = program.order <= _LARGEST_FULL if self._pace == 0 else expected <= allowed
+        notes: list[str] = []
+        try:
+            if self.solver not in ("auto", "interior-point", "first-order"):
+                proposal = propose(self.solver, program, start, self.tol, seconds)
+            elif self.solver == "interior-point" or (self.solver == "auto" and (seconds is None or in_full) and program.order <= 1500):
+                proposal = propose("interior-point", program, None, self.tol, None)
+                self._pace = (time.perf_counter() - began) / program.order**3
+            elif seconds is None:
+                proposal = propose("first-order", program, start, self.tol, None)
+            else:
+                proposal = refine(program, start, began + seconds, began + max(seconds, floor))
+        except SolverFailed as failure:
+            notes.append(str(failure))
+            proposal = None
+        solved = time.perf_counter()
+        certificate = certify(network, self._query, problem, proposal, self._name, notes)
+        self._reserve = time.perf_counter() - solved
+        if hasattr(certificate.evidence, "t"):
+            self._warm = Warm(certificate.evidence.t, certificate.evidence.rho)  # type: ignore[union-attr]
+        return replace(certificate, seconds=time.perf_counter() - began)
+
+    def _lower(self, network: Network, seconds: float | None) -> Certificate:
+        first = self._points is None
+        limit = None if seconds is None else (0.1 if first else 0.15 * seconds)
+        steps, starts = (60, 32) if first or seconds is None else (2, 2)
+        norm = self._query.norm
+        if norm != (2.0, 2.0) and norm[0] != 1 and norm[1] != math.inf:
+            raise LipguardError(f"no lower bound is known from norm {norm[0]} to norm {norm[1]}.")
+        certificate, points = Sampling(starts=starts, steps=steps, time_limit=limit)(network, self._query, self._points)
+        self._points = Points(points.inputs[:4].cpu(), points.directions[:4].cpu())
+        return certificate
+
+    def state_dict(self) -> dict[str, Any]:
+        """Multipliers and points to start from, as plain tensors and numbers."""
+        state: dict[str, Any] = {"method": self._name, "pace": self._pace}
+        if isinstance(self._warm, Warm):
+            state["multipliers"], state["rho"] = self._warm.t.cpu(), self._warm.rho
+        if self._points is not None:
+            state["inputs"], state["directions"] = self._points.inputs, self._points.directions
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave; another method's multipliers are left out."""
+        if state.get("method") == self._name and "multipliers" in state:
+            self._warm = Warm(torch.as_tensor(state["multipliers"]), float(state["rho"]))
+            self._pace = float(state.get("pace", 0.0))
+        if "inputs" in state:
+            self._points = Points(torch.as_tensor(state["inputs"]), torch.as_tensor(state["directions"]))
+
+
+_LARGEST_FULL = 320
+"""Order up to which the first measurement is a full solve: about a fifth of a second."""
