@@ -210,6 +210,9 @@ logger.addHandler(Keep()); logger.setLevel(logging.DEBUG); logger.propagate = Fa
 network = random_net([2, 4, 2], 0).network()
 for solver in ("gurobi", "scip", "highs"):
     assert exact(network, domain=lg.Box(-1.0, 1.0), norm=1, method="milp", solver=solver).solver == solver
+network = random_net([4, 16, 16, 3], 0).network()
+for solver in ("gurobi", "scip"):
+    exact(network, domain=lg.Box(-1.0, 1.0), method="miqcqp", solver=solver, time_limit=3)
 assert {{"lipguard.solvers.gurobi", "lipguard.solvers.scip"}} <= set(records), set(records)
 """
 

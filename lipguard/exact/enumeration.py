@@ -83,6 +83,9 @@ def enumerate_regions(task: Problem) -> Enclosure:
     search = _Enumeration(task)
     status: Status = "closed"
     try:
+        if task.deadline is not None:
+            task.sample()  # a good incumbent, should the time end first
+            task.improve(seconds=1.0)
         if not search.run():
             status = "time limit"
     except KeyboardInterrupt:
