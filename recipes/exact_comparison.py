@@ -1,4 +1,4 @@
-"""Exact methods side by side under equal time limits, in the manner of Sbihi, Jan and Couellan (EJOR 331(3), 2026).
+"""Exact methods side by side under equal time limits, in the manner of Sbihi, Jan and Couellan (arXiv:2402.01199).
 
 Networks are made here: trained on iris and on two moons, and random. For each the l2 constant by MIQCQP (Gurobi and
 SCIP), branch and bound and enumeration, the l-infinity constant by MILP, with LipSDP as the bound without a search.
