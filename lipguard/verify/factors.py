@@ -33,18 +33,23 @@ def check_factors(network: Network, evidence: Factors, norm: tuple[float, float]
             case Affine():
                 if i not in evidence.norms:
                     raise NotCertified(f"no factor is given for {node.name or f'node {i}'}.")
-                bounds.append(up(bounds[node.source] * prove_norm(node.operator, evidence.norms[i], p, node.name)))
+                bounds.append(_times(bounds[node.source], prove_norm(node.operator, evidence.norms[i], p, node.name)))
             case Activation():
                 alpha, beta = node.function.slopes
-                bounds.append(up(bounds[node.source] * float(torch.maximum(alpha.abs(), beta.abs()).max())))
+                bounds.append(_times(bounds[node.source], float(torch.maximum(alpha.abs(), beta.abs()).max())))
             case Sum():
                 total = 0.0
                 for source in node.sources:
-                    total = up(total + bounds[source])
+                    total = up(total + bounds[source]) if total and bounds[source] else total + bounds[source]
                 bounds.append(total)
     exponent = max(0.0, 1 / q - 1 / p)
     # pow is accurate to an ulp or two in every libm; four are granted.
-    return bounds[-1] if exponent == 0 else up(bounds[-1] * up(math.pow(network.outputs, exponent), 4))
+    return bounds[-1] if exponent == 0 else _times(bounds[-1], up(math.pow(network.outputs, exponent), 4))
+
+
+def _times(a: float, b: float) -> float:
+    """Upper bound of a b; nothing rounds where a factor is 0."""
+    return 0.0 if a == 0 or b == 0 else up(a * b)
 
 
 def prove_norm(operator: Operator, proposed: float, p: float, name: str = "") -> float:
