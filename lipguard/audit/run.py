@@ -1,0 +1,322 @@
+"""An audit: bounds and exact methods on one network within a time, kept as certificates."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lipguard import __version__, registry
+from lipguard.audit.encoding import certificate_json, finite
+from lipguard.audit.recipe import captured, rebuild
+from lipguard.audit.record import AuditRecord, record_path, write_record
+from lipguard.audit.weights import Contents, read_contents
+from lipguard.bounds import bound
+from lipguard.certificate import Certificate, Domain, Norm, domain_from_json, norm_pair
+from lipguard.errors import Contradiction, InvalidModel, LipguardError, NotCertified, UnknownName, UnsupportedQuery
+from lipguard.exact import METHODS, exact
+from lipguard.network import Network
+from lipguard.solvers.threads import limited_threads, one_thread
+from lipguard.verify import verify
+
+__all__ = ["Options", "Outcome", "Subject", "audit_checkpoint", "audit_network", "enclosed", "make_record", "versions"]
+
+_SHARE = 0.25
+"""Of the time limit, for the bounds that stand if the exact method does not finish."""
+
+_PACKAGES = ("torch", "numpy", "scipy", "gurobipy", "pyscipopt", "highspy", "scs", "clarabel")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an audit is asked for.
+
+    Attributes:
+        norm: 1, 2 or inf, or a pair (input, output).
+        domain: Box, Ball or None for all inputs.
+        method: "auto" or an exact method of `lipguard.exact`; "bounds" for `lipguard.bound` and sampling alone.
+        solver: as for `lipguard.exact`.
+        time_limit: seconds for one audit.
+        gap: relative gap at which to stop.
+    """
+
+    norm: Norm = 2
+    domain: Domain | None = None
+    method: str = "auto"
+    solver: str = "auto"
+    time_limit: float = 60.0
+    gap: float = 1e-6
+
+    def check(self) -> None:
+        """Refuse what no network could make valid.
+
+        Raises:
+            LipguardError: an unknown norm, method or solver, an empty or reversed domain, a time limit that is not positive.
+        """
+        norm_pair(self.norm)
+        if self.method not in ("auto", "bounds", *METHODS):
+            raise UnknownName(f"method={self.method!r}: there are {', '.join(METHODS)}, 'bounds' and 'auto'.")
+        if self.solver != "auto" and self.solver not in registry.solvers():
+            raise UnknownName(f"no solver is called {self.solver!r}. There are: {', '.join(registry.solvers())}, and 'auto'.")
+        if not 0 < self.time_limit < float("inf") or not 0 <= self.gap < 1:
+            raise UnsupportedQuery(f"time_limit={self.time_limit!r} must be positive and finite, gap={self.gap!r} at least 0 and below 1.")
+        if self.domain is not None:
+            ends = (value for name in ("lower", "upper", "center") if (value := getattr(self.domain, name, None)) is not None)
+            self.domain.bounds(max(_length(end) for end in ends))
+
+    def json(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(query, options) as JSON values of a record."""
+        domain = None if self.domain is None else finite(self.domain.json())
+        query = {"norm": [str(p) for p in norm_pair(self.norm)], "domain": domain}
+        return query, {"method": self.method, "solver": self.solver, "time_limit": float(self.time_limit), "gap": float(self.gap)}
+
+    @staticmethod
+    def of(query: Mapping[str, Any], options: Mapping[str, Any]) -> Options:
+        """Inverse of `json`."""
+        return Options(norm_pair(tuple(query["norm"])), domain_from_json(query["domain"]), **options)
+
+
+def _length(value: float | Sequence[float] | Tensor) -> int:
+    return value.numel() if isinstance(value, Tensor) else len(value) if isinstance(value, Sequence) else 1
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What is audited: a model's description and the recipe of its network, or why there is none."""
+
+    model: dict[str, Any]
+    recipe: dict[str, Any] | None
+    failure: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What an audit found: see the fields of the same names in `AuditRecord`."""
+
+    certificates: list[Certificate]
+    enclosure: dict[str, Any] | None
+    status: str
+    notes: str
+    failure: str | None
+
+
+def audit_network(network: Network, options: Options) -> Outcome:
+    """The best enclosure of the network's constant that the time allows; a failing method is noted, never raised.
+
+    Every verified certificate has passed the checker twice: where it was found, and once more in one thread, which is how
+    `lipguard verify` repeats it.
+    """
+    started = time.monotonic()
+    found: list[Certificate] = []
+    notes: list[str] = []
+    status, failure = "bounds only", None
+    query: dict[str, Any] = {"norm": norm_pair(options.norm), "domain": options.domain}
+    with limited_threads(1), one_thread():
+        for method in (None, "sampling"):
+            try:
+                limit = max(_SHARE * options.time_limit / (1 if method is None else 4), 0.1)
+                found.append(bound(network, method=method, time_limit=limit, **query))
+            except Exception as error:  # whatever a solver or LAPACK raises, the other bounds stand
+                failure = _told(error)
+                notes.append(f"{method or 'upper bound'} failed: {failure}")
+        if options.method != "bounds":
+            try:
+                remaining = max(options.time_limit - (time.monotonic() - started), 0.1)
+                result = exact(network, method=options.method, solver=options.solver, gap=options.gap, time_limit=remaining, **query)
+                found += [result.lower_certificate, result.upper_certificate]
+                status = result.status
+                notes.append(result.choice)
+                if result.closed_region is not None:
+                    notes.append(f"The maximum over closed regions is {result.closed_region!r}, above the true constant.")
+            except Exception as error:  # an unsupported activation, a licence, a crash: the bounds stand
+                failure = _told(error)
+                notes.append(f"{options.method} failed: {failure}")
+        certificates = _proved(network, found, notes)
+    try:
+        enclosure = enclosed(certificates)
+    except Contradiction as error:
+        return Outcome(certificates, None, "failed", " ".join(notes), _told(error))
+    if enclosure is None:
+        return Outcome(certificates, None, "failed", " ".join(filter(None, notes)), failure or "no bound could be verified.")
+    return Outcome(certificates, enclosure, status, " ".join(filter(None, notes)), failure)
+
+
+def _proved(network: Network, found: list[Certificate], notes: list[str]) -> list[Certificate]:
+    kept: list[Certificate] = []
+    for certificate in found:
+        try:
+            kept.append(verify(network, certificate) if certificate.rigor == "verified" else certificate)
+        except NotCertified as error:
+            notes.append(f"{certificate.method}: {error}")
+    return kept
+
+
+def enclosed(certificates: Sequence[Certificate]) -> dict[str, Any] | None:
+    """The best verified ends among the certificates, and a solver's claim where it is below the verified upper end.
+
+    Raises:
+        Contradiction: a verified lower bound exceeds a verified upper bound.
+    """
+    ends = [(c.value, i) for i, c in enumerate(certificates) if c.rigor == "verified" and c.side == "upper"]
+    starts = [(c.value, -i) for i, c in enumerate(certificates) if c.rigor == "verified" and c.side == "lower"]
+    if not ends or not starts:
+        return None
+    (upper, upper_index), (lower, lower_index) = min(ends), max(starts)
+    if lower > upper:
+        raise Contradiction(f"verified lower bound {lower!r} > verified upper bound {upper!r}. Please report this model.")
+    claims = [(c.value, i) for i, c in enumerate(certificates) if c.rigor != "verified" and lower <= c.value < upper]
+    claim, claim_index = min(claims, default=(None, None))
+    return {
+        "lower": lower,
+        "upper": upper,
+        "gap": 0.0 if upper == lower else (upper - lower) / upper,
+        "lower_index": -lower_index,
+        "upper_index": upper_index,
+        "claimed_upper": claim,
+        "claimed_index": claim_index,
+    }
+
+
+def make_record(
+    name: str, contents: Contents, subject: Subject, options: Options, twin: AuditRecord | None = None
+) -> AuditRecord:
+    """Audit the network that the subject's recipe makes of a checkpoint's weights.
+
+    Args:
+        twin: a record of the same network and query, whose certificates are then taken over.
+    """
+    started = time.monotonic()
+    query, asked = options.json()
+    failed = Outcome([], None, "failed", "", subject.failure)
+    outcome = failed
+    if subject.failure is None and subject.recipe is not None:
+        if twin is not None and _same(twin, subject, query, asked):
+            return _record(name, contents, subject, twin.__dict__, query, asked, started)
+        try:
+            network = rebuild(subject.recipe, contents.weights)
+            if network.digest != subject.recipe["digest"]:
+                raise NotCertified("the network rebuilt from the checkpoint is not the one that was saved.")
+            outcome = audit_network(network, options)
+        except LipguardError as error:
+            outcome = Outcome([], None, "failed", "", _told(error))
+    found = {**outcome.__dict__, "certificates": [certificate_json(c) for c in outcome.certificates]}
+    return _record(name, contents, subject, found, query, asked, started)
+
+
+def _same(twin: AuditRecord, subject: Subject, query: dict[str, Any], asked: dict[str, Any]) -> bool:
+    digest = None if twin.network is None else twin.network["digest"]
+    assert subject.recipe is not None
+    return twin.failure is None and (digest, twin.query, twin.options) == (subject.recipe["digest"], query, asked)
+
+
+def _record(
+    name: str,
+    contents: Contents,
+    subject: Subject,
+    found: Mapping[str, Any],
+    query: dict[str, Any],
+    asked: dict[str, Any],
+    started: float,
+) -> AuditRecord:
+    return AuditRecord(
+        checkpoint={"name": name, "sha256": contents.sha256, "size": contents.size},
+        step=contents.step,
+        epoch=contents.epoch,
+        model=subject.model,
+        network=subject.recipe,
+        query=query,
+        options=asked,
+        certificates=found["certificates"],
+        enclosure=found["enclosure"],
+        status=found["status"],
+        notes=found["notes"],
+        failure=found["failure"],
+        versions=versions(),
+        hardware=hardware(),
+        seconds=time.monotonic() - started,
+        written=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def audit_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    example: Tensor,
+    options: Options | None = None,
+    *,
+    submodule: str | None = None,
+    write: bool = True,
+) -> AuditRecord:
+    """Audit a checkpoint file and write the record beside it.
+
+    Args:
+        path: the checkpoint.
+        model: the module with the checkpoint's weights loaded, such as `lipguard.checkpoint.load_module` gives.
+        example: an input, shape (1, ...).
+        options: norm, domain, method, solver and time limit.
+        submodule: dotted name of a part to audit.
+        write: write `<path>.lipguard.json`.
+    Raises:
+        LipguardError: the module cannot be captured, the file cannot be read, or the options have no meaning. A method
+            that fails is recorded, not raised.
+    """
+    options = options or Options()
+    options.check()
+    contents = read_contents(path)
+    network, recipe = captured(model, example, submodule=submodule)
+    if rebuild(recipe, contents.weights).digest != network.digest:
+        raise InvalidModel(f"the module does not hold the weights of {path}: load its state_dict first.")
+    subject = Subject(describe(model, example, submodule), recipe)
+    record = make_record(Path(path).name, contents, subject, options)
+    if write:
+        write_record(record, record_path(path))
+    return record
+
+
+def describe(model: nn.Module, example: Tensor | None, submodule: str | None) -> dict[str, Any]:
+    """What a record says of the model: its class, initial arguments as text, input shape and submodule."""
+    kind = type(model)
+    arguments = getattr(model, "hparams", {})
+    return {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "arguments": {str(name): str(value)[:200] for name, value in dict(arguments).items()},
+        "input_shape": None if example is None else [1, *example.shape[1:]],
+        "submodule": submodule,
+    }
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of lipguard, Python, torch and every solver installed."""
+    known = {"lipguard": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            known[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return known
+
+
+@cache
+def hardware() -> dict[str, Any]:
+    """Processor and number of cores."""
+    processor = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass  # not Linux, or a processor that does not say
+    return {"system": platform.system(), "machine": platform.machine(), "processor": processor, "cores": os.cpu_count() or 1}
+
+
+def _told(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:2000]
