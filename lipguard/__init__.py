@@ -16,6 +16,7 @@ __all__ = [
     "Ball",
     "Box",
     "Certificate",
+    "CheckpointAuditor",
     "Enclosure",
     "LipschitzMonitor",
     "Network",
@@ -32,6 +33,7 @@ _HOMES = {
     "Ball": "certificate",
     "Box": "certificate",
     "Certificate": "certificate",
+    "CheckpointAuditor": "callbacks",
     "Enclosure": "certificate",
     "LipschitzMonitor": "callbacks",
     "Network": "network",
@@ -47,7 +49,7 @@ _HOMES = {
 if TYPE_CHECKING:
     from lipguard.bounds import bound
     from lipguard.bounds.tracker import Tracker
-    from lipguard.callbacks import LipschitzMonitor
+    from lipguard.callbacks import CheckpointAuditor, LipschitzMonitor
     from lipguard.certificate import Ball, Box, Certificate, Enclosure, Query
     from lipguard.exact import exact
     from lipguard.network import Network

@@ -49,3 +49,7 @@ class Contradiction(LipguardError):
 
 class UnreadableCheckpoint(LipguardError):
     """The file is missing, truncated, or needs more trust than was granted."""
+
+
+class LimitExceeded(LipguardError):
+    """A checkpoint's verified upper bound is above the limit that was set."""

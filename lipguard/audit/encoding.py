@@ -6,6 +6,7 @@ import base64
 import binascii
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, get_args
 
 import torch
@@ -130,15 +131,7 @@ def _evidence_json(evidence: Evidence) -> dict[str, Any]:
         case Witness():
             return {"kind": "witness", "point": to_plain(evidence.point), "direction": to_plain(evidence.direction)}
         case Partition():
-            leaves = [
-                {
-                    "phases": to_plain(leaf.phases),
-                    "t": None if leaf.t is None else to_plain(leaf.t),
-                    "empty": leaf.empty,
-                    "farkas": None if leaf.farkas is None else to_plain(leaf.farkas),
-                }
-                for leaf in evidence.leaves
-            ]
+            leaves = [{f.name: _field_json(getattr(leaf, f.name)) for f in fields(leaf)} for leaf in evidence.leaves]
             return {"kind": "partition", "value": float(evidence.value), "leaves": leaves}
         case SolverReport():
             return {"kind": "solver-report", "solver": evidence.solver, "message": evidence.message}
@@ -153,10 +146,7 @@ def _evidence(value: Mapping[str, Any]) -> Evidence:
         case "witness":
             return Witness(from_plain(value["point"]), from_plain(value["direction"]))
         case "partition":
-            leaves = tuple(
-                Leaf(from_plain(leaf["phases"]), _optional(leaf["t"]), bool(leaf["empty"]), _optional(leaf["farkas"]))
-                for leaf in value["leaves"]
-            )
+            leaves = tuple(Leaf(**{name: _field(field) for name, field in leaf.items()}) for leaf in value["leaves"])
             return Partition(leaves, float(value["value"]))
         case "solver-report":
             return SolverReport(str(value["solver"]), str(value["message"]))
@@ -164,5 +154,9 @@ def _evidence(value: Mapping[str, Any]) -> Evidence:
             raise ValueError(f"no evidence is called {kind!r}")
 
 
-def _optional(value: Mapping[str, Any] | None) -> Tensor | None:
-    return None if value is None else from_plain(value)
+def _field_json(value: Tensor | float | None) -> object:
+    return to_plain(value) if isinstance(value, Tensor) else value
+
+
+def _field(value: Any) -> Any:
+    return from_plain(value) if isinstance(value, dict) else value

@@ -59,7 +59,7 @@ class _Worker:
         # The package must be found wherever this process found it; the user's script is never imported.
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "lipguard.audit.worker"],
+            [sys.executable, "-m", "lipguard.audit.worker", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -110,7 +110,7 @@ class _Worker:
 class Pool:
     """Up to `size` workers, started when there is work.
 
-    All methods may be called from any thread.
+    Call it from the thread that lives as long as the work: on Linux a worker ends with the thread that started it.
     """
 
     def __init__(self, size: int) -> None:

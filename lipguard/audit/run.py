@@ -21,7 +21,7 @@ from lipguard.audit.recipe import captured, rebuild
 from lipguard.audit.record import AuditRecord, record_path, write_record
 from lipguard.audit.weights import Contents, read_contents
 from lipguard.bounds import bound
-from lipguard.certificate import Certificate, Domain, Norm, domain_from_json, norm_pair
+from lipguard.certificate import Certificate, Domain, Enclosure, Norm, domain_from_json, norm_pair
 from lipguard.errors import Contradiction, InvalidModel, LipguardError, NotCertified, UnknownName, UnsupportedQuery
 from lipguard.exact import METHODS, exact
 from lipguard.network import Network
@@ -129,17 +129,7 @@ def audit_network(network: Network, options: Options) -> Outcome:
                 failure = _told(error)
                 notes.append(f"{method or 'upper bound'} failed: {failure}")
         if options.method != "bounds":
-            try:
-                remaining = max(options.time_limit - (time.monotonic() - started), 0.1)
-                result = exact(network, method=options.method, solver=options.solver, gap=options.gap, time_limit=remaining, **query)
-                found += [result.lower_certificate, result.upper_certificate]
-                status = result.status
-                notes.append(result.choice)
-                if result.closed_region is not None:
-                    notes.append(f"The maximum over closed regions is {result.closed_region!r}, above the true constant.")
-            except Exception as error:  # an unsupported activation, a licence, a crash: the bounds stand
-                failure = _told(error)
-                notes.append(f"{options.method} failed: {failure}")
+            status, failure = _search(network, options, started, found, notes)
         certificates = _proved(network, found, notes)
     try:
         enclosure = enclosed(certificates)
@@ -148,6 +138,35 @@ def audit_network(network: Network, options: Options) -> Outcome:
     if enclosure is None:
         return Outcome(certificates, None, "failed", " ".join(filter(None, notes)), failure or "no bound could be verified.")
     return Outcome(certificates, enclosure, status, " ".join(filter(None, notes)), failure)
+
+
+def _search(
+    network: Network, options: Options, started: float, found: list[Certificate], notes: list[str]
+) -> tuple[str, str | None]:
+    """The exact method's certificates, added to those found; its status, and what failed or None."""
+    asked: dict[str, Any] = {"norm": norm_pair(options.norm), "domain": options.domain, "gap": options.gap}
+
+    def run(method: str) -> Enclosure:
+        remaining = max(options.time_limit - (time.monotonic() - started), 0.1)
+        result = exact(network, method=method, solver=options.solver, time_limit=remaining, **asked)
+        found.extend((result.lower_certificate, result.upper_certificate))
+        notes.append(result.choice)
+        if result.closed_region is not None:
+            notes.append(f"The maximum over closed regions is {result.closed_region!r}, above the true constant.")
+        return result
+
+    try:
+        result = run(options.method)
+    except Exception as error:  # an unsupported activation, a licence, a crash: the bounds stand
+        notes.append(f"{options.method} failed: {_told(error)}")
+        return "bounds only", _told(error)
+    if options.method == "auto" and result.upper_certificate.rigor != "verified":
+        # A record is for others to check: an upper end that the checker can prove is worth a second search.
+        try:
+            return run("branch-and-bound").status, None
+        except Exception as error:  # the first search stands
+            notes.append(f"branch-and-bound failed: {_told(error)}")
+    return result.status, None
 
 
 def _proved(network: Network, found: list[Certificate], notes: list[str]) -> list[Certificate]:

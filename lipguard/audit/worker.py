@@ -1,4 +1,4 @@
-"""The process that audits: `python -m lipguard.audit.worker` takes markers on its input and answers on its output.
+"""The process that audits: `python -m lipguard.audit.worker PARENT` takes markers on its input and answers on its output.
 
 One JSON object a line: {"marker": path, "final": bool, "twin": path or null} in, {"marker": path, "result": ..., "error":
 ...} out. The end of the input, which is also what a killed training leaves, ends the process at once, whatever it is doing:
@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 def main() -> None:
     """Serve until the input ends."""
+    _end_with_parent(int(sys.argv[1]))
     if hasattr(os, "nice"):
         with contextlib.suppress(OSError):
             os.nice(10)
@@ -43,6 +45,17 @@ def main() -> None:
             answer["error"] = " ".join(f"{type(error).__name__}: {error}".split())
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def _end_with_parent(parent: int) -> None:
+    """Where the kernel can do so, let it end this process with its parent: a solver may keep Python from seeing the input end."""
+    if sys.platform == "linux":
+        import ctypes
+
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it ended before the call
+            os._exit(0)
 
 
 def _read(jobs: queue.SimpleQueue[str]) -> None:
