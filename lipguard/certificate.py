@@ -212,13 +212,15 @@ class Leaf:
 
     `phases` has one entry per neuron in the order of the activation nodes: the index of the linear piece the neuron
     stays in (ReLU: 0 off, 1 on), or -1 where it is free. `empty` claims that no input of the domain has these phases,
-    proved by `farkas`, nonnegative multipliers of the constraints in the order the checker states them.
+    proved by `farkas`, weights of the phases' demands in the order of the neurons. `part` is the piece of the domain
+    the leaf lies in: 0, or on all of R^d the facet of the box of directions.
     """
 
     phases: Tensor
     t: Tensor | None = None
     empty: bool = False
     farkas: Tensor | None = None
+    part: int = 0
 
 
 @dataclass(frozen=True, eq=False)

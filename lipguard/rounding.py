@@ -63,6 +63,13 @@ def proves_positive_definite(matrix: Tensor, radius: Callable[[Tensor], Tensor] 
             and the matrix that is meant. None means that `matrix` is meant exactly.
     Returns:
         True is a proof. False proves nothing.
+    """
+    batched = None if radius is None else lambda v: radius(v[0])[None]
+    return bool(prove_positive_definite(matrix[None], batched)[0])
+
+
+def prove_positive_definite(matrices: Tensor, radius: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """The same for a batch (K, n, n), with `radius` from (K, n) to (K, n); returns (K,) of bool.
 
     Method: Rump 2006, Theorem 2.3 with Corollary 2.4. If Cholesky of A - c I, in floating point, runs to
     completion, then A - c I + E = R'R with |E| <= gamma_{n+1} / (1 - gamma_{n+1}) d d', d_i = sqrt(a_ii); hence
@@ -70,25 +77,24 @@ def proves_positive_definite(matrix: Tensor, radius: Callable[[Tensor], Tensor] 
     by reciprocals of the diagonal, at most two further roundings an entry: the constant is taken at n + 4 and
     doubled. Diagonal scaling by powers of two (exact) makes the trace comparable with every entry.
     """
-    n = matrix.shape[0]
-    diagonal = matrix.diagonal()
+    n = matrices.shape[-1]
+    diagonal = matrices.diagonal(dim1=-2, dim2=-1)
     if n == 0:
-        return True
-    if bool((diagonal <= 0).any()) or not bool(diagonal.isfinite().all()):
-        return False
+        return torch.ones(len(matrices), dtype=torch.bool, device=matrices.device)
+    proved = ((diagonal > 0) & diagonal.isfinite()).all(-1)
+    diagonal = torch.where(proved[:, None], diagonal, torch.ones_like(diagonal))
     # s_i a power of two with s_i^2 a_ii in [1/2, 2): exact as long as nothing under- or overflows.
     exponent = torch.frexp(diagonal).exponent
     scale = torch.ldexp(torch.ones_like(diagonal), -torch.div(exponent, 2, rounding_mode="floor"))
-    scaled = matrix * scale[:, None] * scale
+    scaled = matrices * scale[:, :, None] * scale[:, None, :]
     # The norm of S R S is at most its largest row sum, the largest entry of s * (R s).
-    slack = 0.0 if radius is None else float((scale * radius(scale)).max()) * (1 + 2**-40)
-    trace = float(sum_up(scaled.diagonal()))
+    slack = 0.0 if radius is None else (scale * radius(scale)).amax(-1) * (1 + 2**-40)
+    trace = sum_up(scaled.diagonal(dim1=-2, dim2=-1).clamp_min(0), dim=-1)
     shift = 2 * gamma(n + 4) * (1 + 4 * gamma(n + 4)) * trace + slack + 4 * n * n * TINY
     # Subtracting the shift from a diagonal entry (below 2) rounds by at most u (2 + shift), counted twice.
-    shift += 4 * UNIT * (2 + shift)
-    if not math.isfinite(shift):
-        return False
-    scaled.diagonal().sub_(shift)
+    shift = shift + 4 * UNIT * (2 + shift)
+    proved &= shift.isfinite()
+    scaled.diagonal(dim1=-2, dim2=-1).sub_(shift[:, None])
     # A nan or an infinity in the matrix makes the factorisation fail or shows in its diagonal.
-    factor, info = torch.linalg.cholesky_ex(scaled)
-    return int(info) == 0 and bool(factor.diagonal().isfinite().all())
+    factors, info = torch.linalg.cholesky_ex(scaled)
+    return proved & (info == 0) & factors.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)

@@ -21,7 +21,7 @@ from torch import Tensor
 from lipguard.certificate import Multipliers
 from lipguard.errors import NotCertified
 from lipguard.network import Activation, Affine, Input, Network, Operator, Sum
-from lipguard.rounding import UNIT, gamma, proves_positive_definite, sqrt_up, up
+from lipguard.rounding import TINY, UNIT, gamma, proves_positive_definite, sqrt_up, up
 from lipguard.verify.factors import frobenius_bound
 
 _THINNEST = 1e-6
@@ -104,37 +104,55 @@ def _reduced(form: Form, t: Tensor) -> Callable[[float], bool]:
     n = form.neurons
     b = Enclosed(form.q.center[:, :n], None if form.q.radius is None else form.q.radius[:, :n])
     a = Enclosed(form.q.center[:, n:], None if form.q.radius is None else form.q.radius[:, n:])
-    touched = a.magnitude().any(1).nonzero()[:, 0]  # only the rows that see the input
-    a = Enclosed(a.center[touched], None if a.radius is None else a.radius[touched])
+    seen = a.center.any(1) if a.radius is None else a.center.any(1) | a.radius.any(1)
+    rows = seen.nonzero()[:, 0].tolist()
+    # Only the rows that see the input; commonly the first layer, which needs no copy.
+    span = slice(rows[0], rows[-1] + 1) if rows else slice(0, 0)
+    a = Enclosed(a.center[span], None if a.radius is None else a.radius[span])
     c = Enclosed(form.y.center[:, :n], None if form.y.radius is None else form.y.radius[:, :n])
     tb = t * form.beta
-    ta = tb[touched]
+    ta = tb[span]
     coupling = tb[:, None] * b.center
-    fixed = torch.diag(2 * t) - coupling - coupling.T - c.center.T @ c.center
-    gram = ta[:, None] * (a.center @ a.center.T) * ta
+    fixed = torch.zeros_like(coupling).addmm_(c.center.T, c.center, alpha=-1)
+    fixed.sub_(coupling).sub_(coupling.T).diagonal().add_(2 * t)
+    gram = a.center @ a.center.T
+    # Cauchy-Schwarz: sum_k |a_ik| |a_jk| <= ||a_i|| ||a_j||, with ||a_i||^2 on the diagonal of A A'.
+    abs_b = b.magnitude()
+    norm_a, norm_c = _row_norms(a, gram.diagonal()), _row_norms(Enclosed(c.center.T, None if c.radius is None else c.radius.T))
+    abs_a, abs_c = (None if e.radius is None else e.magnitude() for e in (a, c))
+    gram.mul_(ta[:, None]).mul_(ta)
     # Every entry of R is a sum of at most six terms, each with at most max(d, m) + 6 roundings.
     error = gamma(max(a.center.shape[1], c.center.shape[0]) + 16)
-    abs_a, abs_b, abs_c = a.magnitude(), b.magnitude(), c.magnitude()
 
     def prove(rho: float) -> bool:
         matrix = fixed.clone()
-        matrix[touched[:, None], touched] -= gram / rho
+        matrix[span, span].sub_(gram, alpha=1 / rho)
 
         def radius(v: Tensor) -> Tensor:
-            va = ta * v[touched]
-            mass = 2 * t * v + tb * (abs_b @ v) + abs_b.T @ (tb * v) + abs_c.T @ (abs_c @ v)
-            mass[touched] += ta * (abs_a @ (abs_a.T @ va)) / rho
+            va = ta * v[span]
+            mass = 2 * t * v + tb * (abs_b @ v) + abs_b.T @ (tb * v) + norm_c * (norm_c @ v)
+            mass[span] += ta * norm_a * (norm_a @ va) / rho
             total = error * mass
             if b.radius is not None:
                 total += tb * (b.radius @ v) + b.radius.T @ (tb * v)
-            total += _square_radius(c, abs_c, v)
-            if a.radius is not None:
-                total[touched] += ta * _square_radius(Enclosed(a.center.T, a.radius.T), abs_a.T, va) / rho
-            return total * (1 + 8 * gamma(v.numel() + max(abs_a.shape[1], abs_c.shape[0]) + 16))
+            if abs_c is not None:
+                total += _square_radius(c, abs_c, v)
+            if a.radius is not None and abs_a is not None:
+                total[span] += ta * _square_radius(Enclosed(a.center.T, a.radius.T), abs_a.T, va) / rho
+            return total * (1 + 8 * gamma(v.numel() + max(a.center.shape[1], c.center.shape[0]) + 16))
 
         return proves_positive_definite(matrix, radius)
 
     return prove
+
+
+def _row_norms(e: Enclosed, squares: Tensor | None = None) -> Tensor:
+    """Upper bounds of the 2-norms of the rows; `squares`: their computed squares, where there is no radius."""
+    if squares is None or e.radius is not None:
+        squares = (e.magnitude() ** 2).sum(1)
+    count = e.center.shape[1]
+    # Squares that underflow lose less than TINY each.
+    return (squares * (1 + 2 * gamma(count + 4)) + count * TINY).sqrt() * (1 + 4 * UNIT)
 
 
 def _square_radius(c: Enclosed, abs_c: Tensor, v: Tensor) -> Tensor:
