@@ -1,4 +1,4 @@
-"""The `lipguard` command: bound a checkpoint, examine the installation, run the demonstration.
+"""The `lipguard` command: bound, audit or verify a checkpoint, examine the installation, run the demonstration.
 
 Exit codes: 0 done, 1 not certified, 2 bad input. Everything slow to import is imported inside its command.
 """
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = options.subcommand
     values = options[command]
     try:
-        return {"bound": _bound, "demo": _demo, "doctor": _doctor}[command](values)
+        return {"audit": _audit, "bound": _bound, "demo": _demo, "doctor": _doctor, "verify": _verify}[command](values)
     except LipguardError as error:
         code = NOT_CERTIFIED if isinstance(error, _UNCERTIFIED) else BAD_INPUT
         kind, text = type(error).__name__, " ".join(str(error).split())
@@ -53,6 +53,7 @@ def _parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
     from lipguard import __version__
+    from lipguard.cli_audit import add_audit
 
     parser = ArgumentParser(prog="lipguard", description="Verified Lipschitz bounds of PyTorch networks.", version=__version__)
     commands = parser.add_subcommands(required=True)
@@ -74,6 +75,8 @@ def _parser() -> ArgumentParser:
     bound.add_argument("--json", action="store_true", help="print one JSON document")
     bound.add_argument("--trust", action="store_true", help="allow the file to run code while it is read (full pickle)")
     commands.add_subcommand("bound", bound, help="bound the Lipschitz constant of a checkpoint's network")
+
+    add_audit(commands)
 
     doctor = ArgumentParser(description="List versions, solvers, licences and limits, and what a missing solver needs.")
     doctor.add_argument("--json", action="store_true", help="print one JSON document")
@@ -108,6 +111,26 @@ def _bound(options: Namespace) -> int:
     else:
         _print_certificate(certificate, options)
     return DONE if certificate.rigor == "verified" else NOT_CERTIFIED
+
+
+def _audit(options: Namespace) -> int:
+    from lipguard.cli_audit import audit
+
+    norm = None if options.norm is None else _norm(options.norm)
+    domain = _domain(options.domain, 2.0 if norm is None else norm[0])
+    code, document = audit(options, norm, domain, _shape(options.input_shape))
+    if options.json:
+        _print_json(document)
+    return code
+
+
+def _verify(options: Namespace) -> int:
+    from lipguard.cli_audit import verify
+
+    code, document = verify(options)
+    if options.json:
+        _print_json(document)
+    return code
 
 
 def _doctor(options: Namespace) -> int:

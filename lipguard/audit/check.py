@@ -9,9 +9,9 @@ from lipguard.audit.encoding import certificate_from_json
 from lipguard.audit.recipe import rebuild
 from lipguard.audit.record import STATUS_CODES, AuditRecord
 from lipguard.audit.run import enclosed, hardware, versions
-from lipguard.audit.weights import read_contents
+from lipguard.audit.weights import read_contents, sha256
 from lipguard.certificate import Certificate
-from lipguard.errors import Contradiction, LipguardError, NotCertified
+from lipguard.errors import Contradiction, LipguardError, NotCertified, UnreadableCheckpoint
 from lipguard.network import Network
 from lipguard.solvers.threads import limited_threads, one_thread
 from lipguard.verify import verify
@@ -60,12 +60,18 @@ def verify_record(record: AuditRecord, checkpoint: str | os.PathLike[str], netwo
             holds no verified enclosure. The message says which.
         UnreadableCheckpoint: there is no such checkpoint, or it is damaged.
     """
-    contents = read_contents(checkpoint)
-    if contents.sha256 != record.checkpoint["sha256"] or contents.size != record.checkpoint["size"]:
+    try:
+        found = sha256(checkpoint)
+    except OSError as error:
+        raise UnreadableCheckpoint(f"{checkpoint} cannot be read: {error.strerror or error}.") from error
+    if found != record.checkpoint["sha256"]:
         raise NotCertified(
-            f"{checkpoint} is not the file that was audited: its SHA-256 is {contents.sha256[:12]}, "
+            f"{checkpoint} is not the file that was audited: its SHA-256 is {found[:12]}, "
             f"the record's {str(record.checkpoint['sha256'])[:12]}. A weight or something else in it was changed."
         )
+    contents = read_contents(checkpoint)
+    if (contents.sha256, contents.size) != (found, record.checkpoint["size"]):
+        raise NotCertified(f"{checkpoint} changed while it was read, or the record states another size.")
     if (contents.step, contents.epoch) != (record.step, record.epoch):
         raise NotCertified(f"the record is of step {record.step}, the checkpoint of step {contents.step}.")
     if record.status not in STATUS_CODES:
@@ -77,7 +83,9 @@ def verify_record(record: AuditRecord, checkpoint: str | os.PathLike[str], netwo
         rebuilt = rebuild(recipe, contents.weights)
         shape = (rebuilt.inputs, rebuilt.outputs, rebuilt.neurons)
         if rebuilt.digest != recipe["digest"] or shape != (recipe["inputs"], recipe["outputs"], recipe["neurons"]):
-            raise NotCertified("the network rebuilt from the checkpoint is not the one audited: a weight or the structure differs.")
+            raise NotCertified(
+                "the network rebuilt from the checkpoint is not the one audited: a weight or the structure differs."
+            )
         if network is not None and network.digest != rebuilt.digest:
             raise NotCertified("the network of the model given is not the one audited: its structure or its weights differ.")
         return _prove(record, rebuilt)

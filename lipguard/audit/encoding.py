@@ -30,7 +30,9 @@ from lipguard.errors import LipguardError, NotCertified
 
 __all__ = ["certificate_from_json", "certificate_json", "finite", "from_plain", "to_plain"]
 
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.int64, torch.int32, torch.int8, torch.bool)}
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.int64, torch.int32, torch.int8, torch.bool)
+}
 
 
 def to_plain(tensor: Tensor) -> dict[str, Any]:

@@ -6,6 +6,7 @@ has a record, or a marker from which `finish` makes one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -20,7 +21,19 @@ from lipguard.audit.run import Options, Subject, make_record
 from lipguard.audit.weights import Contents, fingerprint, read_contents, sha256
 from lipguard.errors import LipguardError, UnreadableCheckpoint
 
-__all__ = ["Pending", "checkpoint_of", "drop", "fail", "finish", "owned_elsewhere", "pending_in", "pending_path", "prepare", "up_to_date"]
+__all__ = [
+    "Pending",
+    "asked_of",
+    "checkpoint_of",
+    "drop",
+    "fail",
+    "finish",
+    "owned_elsewhere",
+    "pending_in",
+    "pending_path",
+    "prepare",
+    "up_to_date",
+]
 
 PENDING = ".lipguard.pending.json"
 
@@ -77,10 +90,8 @@ def prepare(checkpoint: str | os.PathLike[str], pending: Pending) -> Path:
     marker = pending_path(checkpoint)
     candidates = [pending.json()]
     if marker.exists() and not up_to_date(checkpoint):
-        try:
+        with contextlib.suppress(UnreadableCheckpoint):  # nothing of it can be resumed
             candidates += _read(marker)["candidates"][:1]
-        except UnreadableCheckpoint:
-            pass  # nothing of it can be resumed
     document = {"format": 1, "id": secrets.token_hex(8), "owner": _owner(), "candidates": candidates}
     write_atomically(marker, json.dumps(document, indent=1, allow_nan=False) + "\n")
     return marker
@@ -139,6 +150,15 @@ def fail(marker: Path, reason: str) -> None:
     marker.unlink(missing_ok=True)
 
 
+def asked_of(marker: Path) -> Options:
+    """The options of the audit that a marker asks for.
+
+    Raises:
+        UnreadableCheckpoint: the marker is damaged.
+    """
+    return Pending.of(_read(marker)["candidates"][0]).options
+
+
 def drop(checkpoint: str | os.PathLike[str]) -> None:
     """Remove everything an audit put beside a checkpoint that is gone."""
     for path in (pending_path(checkpoint), record_path(checkpoint)):
@@ -175,7 +195,9 @@ def owned_elsewhere(marker: Path) -> bool:
     except UnreadableCheckpoint:
         return False
     mine = _owner()
-    return owner["host"] == mine["host"] and owner["pid"] != mine["pid"] and _started(owner["pid"]) == owner["started"] is not None
+    return (
+        owner["host"] == mine["host"] and owner["pid"] != mine["pid"] and _started(owner["pid"]) == owner["started"] is not None
+    )
 
 
 def _recorded(checkpoint: Path) -> str | None:

@@ -180,7 +180,7 @@ class Pool:
     def _advance(self) -> None:
         while self._answers:
             worker, answer = self._answers.popleft()
-            if worker not in self._workers or worker.job is None and answer is not None:
+            if worker not in self._workers or (worker.job is None and answer is not None):
                 continue
             job = worker.job
             if answer is None:

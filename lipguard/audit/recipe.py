@@ -128,7 +128,7 @@ class _Watcher(TorchDispatchMode):
 
 
 def _key(tensor: Tensor) -> _Key:
-    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+    return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def _tensors(tree: object) -> list[Tensor]:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lipguard.errors import NotCertified
+from lipguard.errors import NotCertified, UnreadableCheckpoint
 
 __all__ = ["FORMAT", "STATUS_CODES", "AuditRecord", "read_record", "record_path", "write_atomically", "write_record"]
 
@@ -109,6 +109,7 @@ def read_record(path: str | os.PathLike[str]) -> AuditRecord:
     """Read a record and check that nothing in it was changed since it was written.
 
     Raises:
+        UnreadableCheckpoint: there is no such file.
         NotCertified: it is truncated, of another format, or any of its bytes differs from what its SHA-256 covers.
     """
     file = Path(path)
@@ -116,7 +117,7 @@ def read_record(path: str | os.PathLike[str]) -> AuditRecord:
         text = file.read_bytes().decode("ascii")
         document = json.loads(text)
     except OSError as error:
-        raise NotCertified(f"{file} cannot be read: {error.strerror or error}.") from error
+        raise UnreadableCheckpoint(f"{file} cannot be read: {error.strerror or error}.") from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise NotCertified(f"{file} is truncated or was changed: it is no JSON document ({error}).") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:

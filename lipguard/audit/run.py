@@ -68,7 +68,9 @@ class Options:
         if self.solver != "auto" and self.solver not in registry.solvers():
             raise UnknownName(f"no solver is called {self.solver!r}. There are: {', '.join(registry.solvers())}, and 'auto'.")
         if not 0 < self.time_limit < float("inf") or not 0 <= self.gap < 1:
-            raise UnsupportedQuery(f"time_limit={self.time_limit!r} must be positive and finite, gap={self.gap!r} at least 0 and below 1.")
+            raise UnsupportedQuery(
+                f"time_limit={self.time_limit!r} must be positive and finite, gap={self.gap!r} at least 0 and below 1."
+            )
         if self.domain is not None:
             ends = (value for name in ("lower", "upper", "center") if (value := getattr(self.domain, name, None)) is not None)
             self.domain.bounds(max(_length(end) for end in ends))

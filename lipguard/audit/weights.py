@@ -8,8 +8,9 @@ import pickle
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,9 +62,7 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
     entries = weights.items() if isinstance(weights, Mapping) else ()
     tensors = {str(name): value for name, value in entries if isinstance(value, Tensor)}
     step, epoch = (payload.get(key) if isinstance(payload, Mapping) else None for key in ("global_step", "epoch"))
-    return Contents(
-        digest, size, tensors, step if isinstance(step, int) else None, epoch if isinstance(epoch, int) else None
-    )
+    return Contents(digest, size, tensors, step if isinstance(step, int) else None, epoch if isinstance(epoch, int) else None)
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -84,11 +83,11 @@ def fingerprint(weights: Mapping[str, object]) -> str:
     return sha.hexdigest()
 
 
-def _hash(file: BinaryIO) -> str:
+def _hash(file: BufferedReader) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _load(file: BinaryIO) -> Any:
+def _load(file: BufferedReader) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:

@@ -219,7 +219,9 @@ class CheckpointAuditor(Callback):
             self._prepared[path] = None
             return
         if remote:
-            self._warn(f"{path.name} is not on this machine's file system and was not audited. Fetch it, then run lipguard audit.")
+            self._warn(
+                f"{path.name} is not on this machine's file system and was not audited. Fetch it, then run lipguard audit."
+            )
             return
         try:
             started = time.monotonic()
