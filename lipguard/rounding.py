@@ -86,7 +86,7 @@ def prove_positive_definite(matrices: Tensor, radius: Callable[[Tensor], Tensor]
     # s_i a power of two with s_i^2 a_ii in [1/2, 2): exact as long as nothing under- or overflows.
     exponent = torch.frexp(diagonal).exponent
     scale = torch.ldexp(torch.ones_like(diagonal), -torch.div(exponent, 2, rounding_mode="floor"))
-    scaled = matrices * scale[:, :, None] * scale[:, None, :]
+    scaled = (matrices * scale[:, :, None]).mul_(scale[:, None, :])
     # The norm of S R S is at most its largest row sum, the largest entry of s * (R s).
     slack = 0.0 if radius is None else (scale * radius(scale)).amax(-1) * (1 + 2**-40)
     trace = sum_up(scaled.diagonal(dim1=-2, dim2=-1).clamp_min(0), dim=-1)

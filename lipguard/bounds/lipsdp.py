@@ -29,12 +29,15 @@ class LipSDP:
         squares: (beta - alpha)^2 by neuron in the network's order, (n,).
         order: for each of the program's neurons, its index in the network's order, (n,).
         transposed: whether the program is the transposed network's.
+        balance: the natural size of each neuron's multiplier, (n,): the length of its outgoing weights over that of its
+            incoming ones. W_1 c, W_2 / c is the same function, and its multipliers are t / c^2, as this is.
     """
 
     program: SlopeProgram
     squares: Tensor
     order: Tensor
     transposed: bool
+    balance: Tensor
 
     def to_network(self, t: Tensor, rho: float) -> Tensor:
         """The network's multipliers from the program's."""
@@ -94,7 +97,20 @@ def lipsdp(fb: Feedback, tied: bool = False) -> LipSDP:
         program = SlopeProgram(
             program.sizes, program.channels, program.rows, program.out, groups, None if uniform else weights
         )
-    return LipSDP(program, squares, order, transposed)
+    return LipSDP(program, squares, order, transposed, _balance(fb))
+
+
+def _balance(fb: Feedback) -> Tensor:
+    incoming, outgoing = torch.zeros_like(fb.alpha), torch.zeros_like(fb.alpha)
+    for here, row in zip((*fb.slices, None), (*fb.rows, fb.out), strict=True):
+        for source, block in row.items():
+            if here is not None:
+                incoming[here] += torch.linalg.vector_norm(block, dim=1) ** 2
+            if source >= 0:
+                outgoing[fb.slices[source]] += torch.linalg.vector_norm(block, dim=0) ** 2
+    ratio = (outgoing / incoming).sqrt()
+    return torch.where(ratio.isfinite() & (ratio > 0), ratio, torch.ones_like(ratio))
+
 
 
 def _unit_slopes(fb: Feedback, alpha: Tensor, width: Tensor) -> tuple[list[dict[int, Tensor]], dict[int, Tensor]]:

@@ -101,13 +101,16 @@ def _ascend(network: Network, query: Query, x: Tensor, v: Tensor, steps: int, de
         x = x.detach().requires_grad_(True)
         v = v.detach().requires_grad_(True)
         y, true = _forward(network, x, v, window)
-        gain = torch.linalg.vector_norm(y, query.norm[1], dim=1)
-        grad_x, grad_v = torch.autograd.grad(gain.clamp_min(1e-300).log().sum(), (x, v), allow_unused=True)
         with torch.no_grad():
             attained = torch.linalg.vector_norm(true, query.norm[1], dim=1)
             better = attained > best
             best = torch.where(better, attained, best)
             best_x[better], best_v[better] = x[better].detach(), v[better].detach()
+        if step == steps - 1:
+            break
+        gain = torch.linalg.vector_norm(y, query.norm[1], dim=1)
+        grad_x, grad_v = torch.autograd.grad(gain.clamp_min(1e-300).log().sum(), (x, v), allow_unused=True)
+        with torch.no_grad():
             if grad_v is not None:
                 v = _dual_direction(grad_v, v.detach(), query.norm[0])
             if grad_x is not None:

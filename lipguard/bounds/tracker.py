@@ -96,6 +96,7 @@ class Tracker:
         if self.solver != "auto":
             registry.solver(self.solver)
         self._warm: Any = None
+        self._balance: Tensor | None = None  # of the network that the last multipliers are of
         self._points: Points | None = None
         self._reserve = 0.0  # seconds that proving the last value took
         self._pace = 0.0  # seconds of a full solve, divided by the cube of its order
@@ -143,7 +144,11 @@ class Tracker:
         if not program.sizes or not any(-1 in row for row in (*program.rows, program.out)):
             return Spectral()(network, self._query)[0]
         warm = self._warm if isinstance(self._warm, Warm) and self._warm.t.numel() == program.neurons else None
-        start = None if warm is None else problem.to_program(warm.t, warm.rho)
+        start = None
+        if warm is not None:
+            before = problem.balance if self._balance is None else self._balance.to(problem.balance)
+            grown = problem.balance / before
+            start = problem.to_program(warm.t.to(grown) * grown, warm.rho)
         expected = self._pace * program.order**3
         allowed = math.inf if seconds is None else max(seconds, floor / 4)
         in_full = program.order <= _LARGEST_FULL if self._pace == 0 else expected <= allowed
@@ -166,6 +171,7 @@ class Tracker:
         self._reserve = time.perf_counter() - solved
         if hasattr(certificate.evidence, "t"):
             self._warm = Warm(certificate.evidence.t, certificate.evidence.rho)  # type: ignore[union-attr]
+            self._balance = problem.balance
         return replace(certificate, seconds=time.perf_counter() - began)
 
     def _lower(self, network: Network, seconds: float | None) -> Certificate:
@@ -184,6 +190,7 @@ class Tracker:
         state: dict[str, Any] = {"method": self._name, "pace": self._pace}
         if isinstance(self._warm, Warm):
             state["multipliers"], state["rho"] = self._warm.t.cpu(), self._warm.rho
+            state["balance"] = None if self._balance is None else self._balance.cpu()
         if self._points is not None:
             state["inputs"], state["directions"] = self._points.inputs, self._points.directions
         return state
@@ -192,6 +199,7 @@ class Tracker:
         """Restore what `state_dict` gave; another method's multipliers are left out."""
         if state.get("method") == self._name and "multipliers" in state:
             self._warm = Warm(torch.as_tensor(state["multipliers"]), float(state["rho"]))
+            self._balance = state.get("balance")
             self._pace = float(state.get("pace", 0.0))
         if "inputs" in state:
             self._points = Points(torch.as_tensor(state["inputs"]), torch.as_tensor(state["directions"]))

@@ -19,7 +19,6 @@ from lipguard.callbacks.base import Callback
 from lipguard.callbacks.example import first_sample, module_example
 from lipguard.certificate import Ball, Box
 from lipguard.errors import Contradiction, InvalidExample, LipguardError, UnsupportedQuery
-from lipguard.solvers.threads import limited_threads
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -334,10 +333,7 @@ def _outward(value: float, name: str) -> Tensor:
 
 @contextlib.contextmanager
 def _undisturbed(device: torch.device) -> Iterator[None]:
-    """Gradients available whatever the loop's mode, one BLAS thread, and every random generator as it was afterwards.
-
-    The training's own threads, its loader's and loggers', compete for the cores: a second BLAS thread would mostly spin.
-    """
+    """Gradients available whatever the loop's mode, and every random generator as it was afterwards."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global generator is what must be kept
     devices = [device] if device.type in ("cuda", "xpu") else []
     try:
@@ -345,7 +341,6 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
             torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"),
             torch.inference_mode(False),
             torch.enable_grad(),
-            limited_threads(1),
         ):
             yield
     finally:

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,11 +84,29 @@ def least_rho(program: SlopeProgram, t: Tensor) -> float:
     return 0.0 if s is None else max(float(torch.linalg.eigvalsh(s)[-1]), 0.0)
 
 
-def smoothed(program: SlopeProgram, x: Tensor, p: float) -> tuple[float, Tensor] | None:
-    """log of the Schatten-p norm of S at the group multipliers exp(x), and its gradient in x; None outside the cone.
+class Smoothed(NamedTuple):
+    """The smoothed objective at a point x, the logarithms of the group multipliers.
+
+    Attributes:
+        value: log of the Schatten-p norm of S.
+        gradient: its gradient in x.
+        curvature: the size of its second derivatives along single coordinates, >= 0: a neuron's share of the energy.
+        largest: lambda_max(S), the least rho that the multipliers prove.
+    """
+
+    value: float
+    gradient: Tensor
+    curvature: Tensor
+    largest: float
+
+
+def smoothed(program: SlopeProgram, x: Tensor, p: float) -> Smoothed | None:
+    """The Schatten-p norm of S at the group multipliers exp(x); None outside the cone.
 
     S = sum_i lambda_i v_i v_i'. By the envelope theorem the derivative of v'Sv in t_j is -(x, w)'S_j(x, w) =
     2 w_j (p_j - w_j) at the responses w of v: one back substitution for all eigenvectors, no second factorisation.
+    In log t_j that is 2 t_j w_j p_j - 2 t_j w_j^2, two terms that balance at the optimum and react to log t_j in
+    opposite ways: their size, 2 t_j w_j^2, is that of the second derivative.
     """
     tau = x.exp()
     t = program.spread(tau)
@@ -107,18 +126,20 @@ def smoothed(program: SlopeProgram, x: Tensor, p: float) -> tuple[float, Tensor]
     weights = ratios ** (p - 1) / (total * top)
     xw = eliminated.responses(vectors)
     w = xw[: program.neurons]
-    gradient = 2 * (w * (program.q(xw) - w)) @ weights
-    gradient = program.gather(gradient) * tau
-    return (float(top.log() + total.log() / p), gradient) if bool(gradient.isfinite().all()) else None
+    gradient, curvature = (2 * program.gather((w * v) @ weights) * tau for v in (program.q(xw) - w, w))
+    value = float(top.log() + total.log() / p)
+    return Smoothed(value, gradient, curvature, float(top)) if bool(gradient.isfinite().all()) else None
 
 
 def lbfgs(
-    function: Callable[[Tensor], tuple[float, Tensor] | None], x: Tensor, memory: int, ends: Callable[[list[float]], bool]
+    function: Callable[[Tensor], Smoothed | None], x: Tensor, memory: int, ends: Callable[[list[float]], bool]
 ) -> tuple[Tensor, int]:
     """Minimise by L-BFGS with an Armijo line search that treats None as an infinite value (Nocedal, Wright, 7.2).
 
+    The curvature along single coordinates starts the inverse Hessian: neurons of little energy move as much as others.
+
     Args:
-        function: x -> value and gradient, or None outside the domain.
+        function: x -> value, gradient and curvature, or None outside the domain.
         x: start, (n,).
         memory: pairs kept.
         ends: asked before every step with all values so far.
@@ -128,43 +149,52 @@ def lbfgs(
     current = function(x)
     if current is None:
         return x, 0
-    value, gradient = current
-    values = [value]
+    values = [current.value]
+    scale = _inverse(current.curvature)
     pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=memory)
     while not ends(values):
-        direction = _two_loops(gradient, pairs)
+        gradient = current.gradient
+        direction = _two_loops(gradient, pairs, scale)
         slope = float(gradient @ direction)
         if slope >= 0:
             pairs.clear()
-            direction, slope = -gradient, -float(gradient @ gradient)
-        # Multipliers live on a logarithmic scale: a first step changes none by more than a tenth.
-        length = 1.0 if pairs else min(1.0, 0.1 / max(float(direction.abs().max()), 1e-30))
+            scale = _inverse(current.curvature)
+            direction = -scale * gradient
+            slope = float(gradient @ direction)
+        # Multipliers live on a logarithmic scale, and the model is good for changes by less than a factor.
+        length = min(1.0 if pairs else 0.5, 0.5 / max(float(direction.abs().max()), 1e-30))
         for _ in range(30):
             candidate = function(x + length * direction)
-            if candidate is not None and candidate[0] <= value + 1e-4 * length * slope:
+            if candidate is not None and candidate.value <= current.value + 1e-4 * length * slope:
                 break
             length /= 2
         else:
             break
-        s, y = length * direction, candidate[1] - gradient
+        s, y = length * direction, candidate.gradient - gradient
         curvature = float(s @ y)
         if curvature > 1e-12 * float(torch.linalg.vector_norm(y)) * float(torch.linalg.vector_norm(s)):
             pairs.append((s, y, 1 / curvature))
-        x, value, gradient = x + s, *candidate
-        values.append(value)
+        x, current = x + s, candidate
+        values.append(current.value)
     return x, len(values) - 1
 
 
-def _two_loops(gradient: Tensor, pairs: deque[tuple[Tensor, Tensor, float]]) -> Tensor:
-    """-H gradient for the inverse Hessian H that L-BFGS builds from its pairs."""
+def _inverse(curvature: Tensor) -> Tensor:
+    """Diagonal of the inverse Hessian to start from; a tenth of the mean keeps dead neurons still."""
+    return 1 / (curvature + 0.1 * curvature.mean()).clamp_min(torch.finfo(curvature.dtype).tiny)
+
+
+def _two_loops(gradient: Tensor, pairs: deque[tuple[Tensor, Tensor, float]], scale: Tensor) -> Tensor:
+    """-H gradient for the inverse Hessian H that L-BFGS builds from its pairs and a multiple of diag(scale)."""
     q, weights = gradient.clone(), []
     for s, y, inverse in reversed(pairs):
         weight = inverse * float(s @ q)
         weights.append(weight)
         q -= weight * y
+    q *= scale
     if pairs:
-        s, y, inverse = pairs[-1]
-        q /= inverse * float(y @ y)
+        _, y, inverse = pairs[-1]
+        q /= inverse * float(y @ (scale * y))
     for (s, y, inverse), weight in zip(pairs, reversed(weights), strict=True):
         q += (weight - inverse * float(y @ q)) * s
     return -q

@@ -213,7 +213,8 @@ class SlopeProgram:
                     coupling = t[:, None] * self.rows[k][j]
                     cross = coupling if cross is None else cross + coupling
                 if cross is not None:
-                    felt[j] = torch.linalg.solve_triangular(factors[k], cross, upper=False)
+                    # L^-1 X as (X' L^-T)': LAPACK's layout without a copy, at half the time.
+                    felt[j] = torch.linalg.solve_triangular(factors[k].mT, cross.mT, upper=True, left=False).mT
             for i, left in felt.items():
                 for j, right in felt.items():
                     if j <= i:
