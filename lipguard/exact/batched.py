@@ -209,7 +209,7 @@ def solve(batch: Batch, t: Tensor, rho: Tensor, cutoff: Tensor | float, iteratio
         w = m @ dz
         wy = w @ y
         dual = -y - (wy + wy.mT) / 2
-        primal_step, dual_step = _steps(y, dual, 2), _steps(z, dz, 2)
+        primal_step, dual_step = _steps(y, dual, 1), _steps(z, dz, 1)
         ahead = ((y + primal_step[:, None, None] * dual) * (z + dual_step[:, None, None] * dz)).sum((1, 2)) / order
         sigma = ((ahead / mu) ** 2).clamp(1e-4, 1.0)
         sigma = torch.where(torch.minimum(primal_step, dual_step) > 0.1, sigma, torch.ones_like(sigma))
@@ -220,7 +220,7 @@ def solve(batch: Batch, t: Tensor, rho: Tensor, cutoff: Tensor | float, iteratio
         dz = batch.linear(dy[:, f], step)
         wy = m @ dz @ y
         dual = centre - y - (wy + wy.mT) / 2
-        primal_step, dual_step = _steps(y, dual, 5), _steps(z, dz, 5)
+        primal_step, dual_step = _steps(y, dual, 4), _steps(z, dz, 4)
         primal_step = torch.where(primal_step == 1, primal_step, 0.93 * primal_step)
         dual_step = torch.where(dual_step == 1, dual_step, 0.93 * dual_step)
         y = y + primal_step[:, None, None] * dual

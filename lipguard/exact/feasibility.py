@@ -32,60 +32,117 @@ class Feasibility:
     farkas: Tensor | None
 
 
-def feasibility(form: PhaseForm, ranges: Ranges, reduced: Reduced, i: int) -> Feasibility:
-    """Maximise the margin of the demands of assignment i over the relaxation.
+def feasibility(form: PhaseForm, ranges: Ranges, reduced: Reduced, which: list[int]) -> list[Feasibility]:
+    """Maximise the margin of the demands of each chosen assignment over its relaxation.
 
     Variables: the input x in the box around the region, u of the free neurons between the lines of their ranges, and
     the margin. A status other than optimal counts as feasible.
     """
+    if not which:
+        return []
+    relaxed = _Relaxation(form, ranges, reduced, torch.tensor(which))
+    return [relaxed.solve(k) for k in range(len(which))]
+
+
+class _Relaxation:
+    """What the programs of one batch share, as NumPy arrays."""
+
+    def __init__(self, form: PhaseForm, ranges: Ranges, reduced: Reduced, which: Tensor) -> None:
+        self.form = form
+        n = form.neurons
+        everything = slice(0, n)
+        phases, low, high = ranges.phases[which], ranges.lower[which], ranges.upper[which]
+        cut_low, cut_high = piece_ends(form, phases, everything)
+        self.low, self.high, self.cut_low, self.cut_high = (e.numpy() for e in (low, high, cut_low, cut_high))
+        self.p, self.height, self.free = reduced.p[which].numpy(), reduced.height[which].numpy(), reduced.free[which].numpy()
+        self.alpha, self.width = reduced.alpha[which].numpy(), reduced.width[which].numpy()
+        self.x_low, self.x_high = ranges.x_lower[which].numpy(), ranges.x_upper[which].numpy()
+        # Each free u lies below and above lines of four slopes: chord, default and both end pieces.
+        count = len(which)
+        default = Lines.blank(count, n)
+        default.fill(form, phases, everything, low, high)
+        self.lines: list[tuple[float, np.ndarray, np.ndarray]] = []
+        seen: list[Tensor] = []
+        for slope in (default.high_slope, default.low_slope, form.pieces[0].expand(count, n), form.pieces[-1].expand(count, n)):
+            if any(bool((slope == other).all()) for other in seen):
+                continue
+            seen.append(slope)
+            lines = Lines.blank(count, n)
+            lines.fill(form, phases, everything, low, high, slope)
+            self.lines += [(1.0, slope.numpy(), lines.high_height.numpy()), (-1.0, slope.numpy(), lines.low_height.numpy())]
+
+    def solve(self, k: int) -> Feasibility:
+        form, n = self.form, self.form.neurons
+        d = form.q.shape[1] - n
+        height = self.height[k]
+        cut_low, cut_high, low, high = self.cut_low[k], self.cut_high[k], self.low[k], self.high[k]
+        # Demands that the ranges meet already by themselves are left out.
+        below = np.flatnonzero(np.isfinite(cut_low) & (low <= cut_low))
+        above = np.flatnonzero(np.isfinite(cut_high) & (high >= cut_high))
+        asked = np.concatenate([below, above])
+        free = np.flatnonzero(self.free[k])
+        if not self.p[k][np.ix_(asked, free)].any():
+            free = free[:0]  # the demands are affine in the input alone: nothing is relaxed
+        p = np.concatenate([self.p[k][:, n:], self.p[k][:, free]], 1)
+        size = d + len(free) + 1
+        matrix = np.empty((len(asked), size))
+        matrix[: len(below), :-1], matrix[len(below) :, :-1] = -p[below], p[above]
+        matrix[:, -1] = np.linalg.norm(matrix[:, :d], axis=1)
+        rows = [matrix]
+        right = [height[below] - cut_low[below], cut_high[above] - height[above]]
+        if len(free):
+            for sign, slope, line_height in self.lines:
+                # w <= s p + c reads u <= ((s - alpha) p + c) / width.
+                factor = (slope[k, free] - self.alpha[k, free]) / self.width[k, free]
+                row = np.zeros((len(free), size))
+                row[:, :-1] = -sign * factor[:, None] * p[free]
+                row[np.arange(len(free)), d + np.arange(len(free))] += sign
+                rows.append(row)
+                right.append(sign * (factor * height[free] + line_height[k, free] / self.width[k, free]))
+        matrix, bound = np.concatenate(rows), np.concatenate(right)
+        demands = len(bound)
+        objective = np.zeros(size)
+        objective[-1] = 1.0
+        span = 1e6 + np.abs(high[free]) + np.abs(low[free])
+        x_low, x_high = self.x_low[k], self.x_high[k]
+        point, margin = (x_low + x_high) / 2, 1.0
+        for _ in range(_CUTS):
+            result = highs.maximise(objective, matrix, bound, np.r_[x_low, -span, -np.inf], np.r_[x_high, span, 1.0])
+            if not result.optimal:
+                return Feasibility(point, 1.0, None)
+            point, margin = result.x[:d], float(result.x[-1])
+            cut = _cut(form, point)
+            if margin <= -_MARGIN or cut is None:
+                break
+            matrix = np.concatenate([matrix, np.r_[cut[0], np.zeros(size - d)][None]])
+            bound = np.r_[bound, cut[1]]
+        if margin > -_MARGIN:
+            return Feasibility(point, margin, None)
+        farkas = np.zeros(n)
+        a, b = len(below), len(below) + len(above)
+        np.add.at(farkas, below, np.maximum(result.duals[:a], 0))
+        np.add.at(farkas, above, -np.maximum(result.duals[a:b], 0))
+        if len(free):
+            weights = np.maximum(result.duals[b:demands], 0).reshape(-1, len(free))
+            slopes = np.stack([slope[k, free] for _, slope, _ in self.lines])
+            total = weights.sum(0)
+            farkas[free] = np.where(total > 0, (weights * slopes).sum(0) / np.where(total > 0, total, 1.0), slopes[0])
+        return Feasibility(point, margin, torch.from_numpy(farkas))
+
+
+def pattern_at(form: PhaseForm, x: np.ndarray) -> np.ndarray:
+    """The piece each neuron is in at the input x of the phase form, (n,)."""
     n = form.neurons
-    d = form.q.shape[1] - n
-    phases, lower, upper = ranges.phases[i], ranges.lower[i], ranges.upper[i]
-    free = reduced.free[i].nonzero()[:, 0]
-    columns = torch.cat([n + torch.arange(d), free])
-    p, height = reduced.p[i][:, columns].numpy(), reduced.height[i].numpy()
-    cut_low, cut_high = (e[0].numpy() for e in piece_ends(form, phases[None], slice(0, n)))
-    low, high = lower.numpy(), upper.numpy()
-    size = len(columns) + 1
-    length = np.linalg.norm(p[:, :d], axis=1) + 1e-300
-    # Demands that the ranges meet already by themselves are left out.
-    below = np.flatnonzero(np.isfinite(cut_low) & (low <= cut_low))
-    above = np.flatnonzero(np.isfinite(cut_high) & (high >= cut_high))
-    rows = [np.c_[-p[below], length[below]], np.c_[p[above], length[above]]]
-    right = [height[below] - cut_low[below], cut_high[above] - height[above]]
-    slopes: list[np.ndarray] = []
-    if len(free):
-        lines_rows, lines_right, slopes = _lines(form, ranges, reduced, i, free, p, height, d)
-        rows += lines_rows
-        right += lines_right
-    matrix, bound = np.concatenate(rows), np.concatenate(right)
-    objective = np.zeros(size)
-    objective[-1] = 1.0
-    demands = len(bound)
-    span = 1e6 + np.abs(high[free]) + np.abs(low[free])
-    x_low, x_high = ranges.x_lower[i].numpy(), ranges.x_upper[i].numpy()
-    for _ in range(_CUTS):
-        result = highs.maximise(objective, matrix, bound, np.r_[x_low, -span, -np.inf], np.r_[x_high, span, 1.0])
-        if not result.optimal:
-            return Feasibility((x_low + x_high) / 2, 1.0, None)
-        point, margin = result.x[:d], float(result.x[-1])
-        cut = _cut(form, point)
-        if margin <= -_MARGIN or cut is None:
-            break
-        matrix = np.concatenate([matrix, np.r_[cut[0], np.zeros(size - d)][None]])
-        bound = np.r_[bound, cut[1]]
-    if margin > -_MARGIN:
-        return Feasibility(point, margin, None)
-    farkas = np.zeros(n)
-    a, b = len(below), len(below) + len(above)
-    np.add.at(farkas, below, np.maximum(result.duals[:a], 0))
-    np.add.at(farkas, above, -np.maximum(result.duals[a:b], 0))
-    if len(free):
-        weights = np.maximum(result.duals[b:demands], 0).reshape(-1, len(free))
-        total = weights.sum(0)
-        mean = (weights * np.stack(slopes)).sum(0) / np.where(total > 0, total, 1.0)
-        farkas[free.numpy()] = np.where(total > 0, mean, slopes[0])
-    return Feasibility(point, margin, torch.from_numpy(farkas))
+    q, breaks, pieces, heights = form.q.numpy(), form.breaks.numpy(), form.pieces.numpy(), form.heights.numpy()
+    w, pattern = np.zeros(n), np.zeros(n, dtype=np.intp)
+    direct = q[:, n:] @ x + form.bias.numpy()
+    for here in form.layers:
+        value = direct[here] + q[here, : here.start] @ w[: here.start]
+        piece = (value > breaks[:, here]).sum(0)
+        columns = np.arange(here.start, here.stop)
+        pattern[here] = piece
+        w[here] = pieces[piece, columns] * value + heights[piece, columns]
+    return pattern
 
 
 def _cut(form: PhaseForm, point: np.ndarray) -> tuple[np.ndarray, float] | None:
@@ -99,35 +156,3 @@ def _cut(form: PhaseForm, point: np.ndarray) -> tuple[np.ndarray, float] | None:
         return None
     normal = step / length if form.ball_norm == 2 else np.sign(step)
     return normal, float(normal @ center + form.radius)
-
-
-def _lines(
-    form: PhaseForm, ranges: Ranges, reduced: Reduced, i: int, free: Tensor, p: np.ndarray, height: np.ndarray, d: int
-) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
-    """Rows that keep each free u between lines of its range: chord on one side, the end pieces on the other.
-
-    w <= s p + c reads u <= ((s - alpha) p + c) / width; likewise from below.
-    """
-    n = form.neurons
-    everything = slice(0, n)
-    phases, low, high = ranges.phases[i : i + 1], ranges.lower[i : i + 1], ranges.upper[i : i + 1]
-    default = Lines.blank(1, n)
-    default.fill(form, phases, everything, low, high)
-    f = free.numpy()
-    alpha, width = reduced.alpha[i].numpy()[f], reduced.width[i].numpy()[f]
-    ends = [form.pieces[0].expand(1, n), form.pieces[-1].expand(1, n)]
-    rows, right, slopes = [], [], []
-    for slope in (default.high_slope, default.low_slope, *ends):
-        lines = Lines.blank(1, n)
-        lines.fill(form, phases, everything, low, high, slope)
-        s = slope[0].numpy()[f]
-        for sign, c in ((1.0, lines.high_height[0].numpy()[f]), (-1.0, lines.low_height[0].numpy()[f])):
-            # sign (u - ((s - alpha)(P v + p0) + c) / width) <= 0
-            factor = (s - alpha) / width
-            row = np.zeros((len(f), p.shape[1] + 1))
-            row[:, :-1] = -sign * factor[:, None] * p[f]
-            row[np.arange(len(f)), d + np.arange(len(f))] += sign
-            rows.append(row)
-            right.append(sign * (factor * height[f] + c / width))
-            slopes.append(s)
-    return rows, right, slopes

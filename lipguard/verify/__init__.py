@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
-import types
 
 from lipguard.certificate import Certificate, Factors, Multipliers, Partition, SolverReport, Witness
 from lipguard.errors import NotCertified
 from lipguard.network import Network
 from lipguard.verify.factors import check_factors
 from lipguard.verify.multipliers import check_multipliers
+from lipguard.verify.partition import check_partition
 from lipguard.verify.witness import check_witness
 
 __all__ = ["verify"]
@@ -43,8 +42,6 @@ def verify(network: Network, certificate: Certificate) -> Certificate:
         case Witness():
             value = check_witness(network, evidence, certificate.norm, certificate.domain)
         case Partition():
-            from lipguard.verify.partition import check_partition
-
             value = check_partition(network, evidence, certificate.norm, certificate.domain)
         case SolverReport():
             raise NotCertified(f"the value {certificate.value:g} rests on {evidence.solver}'s word alone: it stays approximate.")
@@ -54,13 +51,3 @@ def verify(network: Network, certificate: Certificate) -> Certificate:
     if math.isnan(value) or math.isinf(value):
         raise NotCertified(f"{type(evidence).__name__} proves no finite bound.")
     return dataclasses.replace(certificate, value=value, rigor="verified")
-
-
-class _CallableModule(types.ModuleType):
-    """`lipguard.verify` names both this module and its one function: calling the module calls the function."""
-
-    def __call__(self, network: Network, certificate: Certificate) -> Certificate:
-        return verify(network, certificate)
-
-
-sys.modules[__name__].__class__ = _CallableModule

@@ -120,7 +120,7 @@ def _semidefinite(form: PhaseForm, reduced: Reduced, t: Tensor, value: float) ->
             out = out + q_mass.mT @ (t[:, :, None] * column[:, :f])
             out[:, :f] += t[:, :, None] * (q_mass @ column)
         out = out[:, :, 0]
-        out[:, :f] += (2 * t + 1) * v[:, :f]
+        out[:, :f] += torch.where(present, 2 * t, torch.ones_like(t)) * v[:, :f]
         out[:, f:] += rho * v[:, f:]
         return error * out * (1 + gamma(8 * total))
 
