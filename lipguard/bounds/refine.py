@@ -54,10 +54,10 @@ def refine(program: SlopeProgram, start: Tensor | None, target: float, limit: fl
 
         steps = 0
         if start is not None:
-            _, steps = lbfgs(value, single.group(_INSIDE * start.to(torch.float32)).log(), 30, ends)
+            _, steps = lbfgs(value, single.group(_INSIDE * start.to(torch.float32)).log(), 30, ends, preconditioned=True)
         if best is None:
             t, rho = single.interior(None if start is None else start.to(torch.float32), margin=0.5)
             best = rho, single.group(t).log()
-            _, steps = lbfgs(value, best[1], 30, ends)
+            _, steps = lbfgs(value, best[1], 30, ends, preconditioned=True)
         # Single precision finds rho to a few units of 1e-6; a margin above that spares the checker a second try.
         return Proposal(single.spread(best[1].exp()).double(), best[0] * (1 + 3e-5), math.nan, steps, inside=True)

@@ -132,17 +132,22 @@ def smoothed(program: SlopeProgram, x: Tensor, p: float) -> Smoothed | None:
 
 
 def lbfgs(
-    function: Callable[[Tensor], Smoothed | None], x: Tensor, memory: int, ends: Callable[[list[float]], bool]
+    function: Callable[[Tensor], Smoothed | None],
+    x: Tensor,
+    memory: int,
+    ends: Callable[[list[float]], bool],
+    preconditioned: bool = False,
 ) -> tuple[Tensor, int]:
     """Minimise by L-BFGS with an Armijo line search that treats None as an infinite value (Nocedal, Wright, 7.2).
-
-    The curvature along single coordinates starts the inverse Hessian: neurons of little energy move as much as others.
 
     Args:
         function: x -> value, gradient and curvature, or None outside the domain.
         x: start, (n,).
         memory: pairs kept.
         ends: asked before every step with all values so far.
+        preconditioned: start the inverse Hessian from the curvature along single coordinates, so that neurons of little
+            energy move as much as others. Near the optimum two or three steps then do what ten do without; far from it
+            (24 layers of 20 from the closed form) many plain steps get further.
     Returns:
         The last point and the number of steps.
     """
@@ -150,7 +155,7 @@ def lbfgs(
     if current is None:
         return x, 0
     values = [current.value]
-    scale = _inverse(current.curvature)
+    scale = _inverse(current.curvature) if preconditioned else torch.ones_like(x)
     pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=memory)
     while not ends(values):
         gradient = current.gradient
@@ -158,11 +163,14 @@ def lbfgs(
         slope = float(gradient @ direction)
         if slope >= 0:
             pairs.clear()
-            scale = _inverse(current.curvature)
             direction = -scale * gradient
             slope = float(gradient @ direction)
-        # Multipliers live on a logarithmic scale, and the model is good for changes by less than a factor.
-        length = min(1.0 if pairs else 0.5, 0.5 / max(float(direction.abs().max()), 1e-30))
+        # Multipliers live on a logarithmic scale: a first step changes none by more than a tenth, a preconditioned one by half.
+        largest = max(float(direction.abs().max()), 1e-30)
+        if preconditioned:
+            length = min(1.0 if pairs else 0.5, 0.5 / largest)
+        else:
+            length = 1.0 if pairs else min(1.0, 0.1 / largest)
         for _ in range(30):
             candidate = function(x + length * direction)
             if candidate is not None and candidate.value <= current.value + 1e-4 * length * slope:
