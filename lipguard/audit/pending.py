@@ -22,6 +22,9 @@ from lipguard.audit.weights import Contents, fingerprint, read_contents, sha256
 from lipguard.errors import LipguardError, UnreadableCheckpoint
 
 __all__ = [
+    "Attempt",
+    "attempt",
+    "commit",
     "Pending",
     "asked_of",
     "checkpoint_of",
@@ -37,7 +40,8 @@ __all__ = [
 
 PENDING = ".lipguard.pending.json"
 
-Result = Literal["done", "dropped", "waiting"]
+Result = Literal["done", "dropped", "waiting", "superseded"]
+"""Of an audit: its record is in place; the checkpoint is gone; its version is not there yet; a later save replaced it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,44 +101,87 @@ def prepare(checkpoint: str | os.PathLike[str], pending: Pending) -> Path:
     return marker
 
 
-def finish(marker: Path, *, final: bool = True, twin: Path | None = None) -> Result:
-    """Do the audit that a marker asks for, write the record and remove the marker.
+@dataclass(frozen=True)
+class Attempt:
+    """An audit that is done and not yet in place.
+
+    Attributes:
+        result: "done", or what it came to without an audit.
+        identity: of the marker that was read.
+        current: the version audited is the marker's own, not the one before it.
+        written: the record, complete, under a temporary name beside its place.
+    """
+
+    result: Result
+    identity: str = ""
+    current: bool = False
+    written: Path | None = None
+
+
+def attempt(marker: Path, *, final: bool = True, twin: Path | None = None) -> Attempt:
+    """Do the audit that a marker asks for, and leave it to `commit` to put the record in place.
 
     Args:
         final: no save is under way. Else a marker whose version is not in place yet is kept for the moment when it is.
         twin: a record that may be of the same network, to take over its certificates.
-    Returns:
-        "done", "dropped" (the checkpoint is gone), or "waiting" (for the version that is being written).
     Raises:
         UnreadableCheckpoint: the marker or the checkpoint is damaged.
     """
     checkpoint = checkpoint_of(marker)
     if not marker.exists():
-        return "done"
-    candidates = [Pending.of(value) for value in _read(marker)["candidates"]]
+        return Attempt("done")
+    document = _read(marker)
+    identity = str(document["id"])
+    candidates = [Pending.of(value) for value in document["candidates"]]
     if not checkpoint.exists():
-        if final:
-            drop(checkpoint)
-        return "dropped"
+        return Attempt("dropped" if final else "waiting", identity)
     contents = read_contents(checkpoint)
     found = next((candidate for candidate in candidates if candidate.matches(contents)), None)
     if found is None and not final:
-        return "waiting"
-    if found is None and _recorded(checkpoint) != contents.sha256:
+        return Attempt("waiting", identity)
+    current = final or found is candidates[0]
+    if found is None and _recorded(checkpoint) == contents.sha256:
+        return Attempt("done", identity, current)
+    if found is None:
         # Tensors that the recipe stores are those of another version: nothing may be certified with them.
         reason = "the file is not the checkpoint that was saved. Audit it with lipguard audit --model module.Class --force."
         found = Pending({}, Subject(candidates[0].subject.model, None, reason), candidates[0].options)
-    if found is not None:
-        record = make_record(checkpoint.name, contents, found.subject, found.options, _read_twin(twin))
-        if not checkpoint.exists():
-            drop(checkpoint)
-            return "dropped"
-        write_record(record, record_path(checkpoint))
-    if not final and found is not candidates[0]:
-        return "waiting"
+    record = make_record(checkpoint.name, contents, found.subject, found.options, _read_twin(twin))
+    target = record_path(checkpoint)
+    written = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    write_record(record, written)
+    return Attempt("done", identity, current, written)
+
+
+def commit(marker: Path, tried: Attempt) -> tuple[Result, AuditRecord | None]:
+    """Put an attempt's record in place and remove the marker, unless a later save has replaced the marker.
+
+    Only the process that writes the markers may do this: no save comes between the look at the marker and its removal.
+
+    Returns:
+        What it came to, "superseded" if a later save came first, and the record even then.
+    """
+    checkpoint = checkpoint_of(marker)
+    record = None if tried.written is None or not tried.written.exists() else read_record(tried.written)
+    if not checkpoint.exists():
+        drop(checkpoint)
+        return "dropped", None
+    if not marker.exists() or _read(marker)["id"] != tried.identity:
+        if tried.written is not None:
+            tried.written.unlink(missing_ok=True)
+        return ("done" if tried.written is None else "superseded"), record
+    if tried.written is not None and record is not None:
+        tried.written.replace(record_path(checkpoint))
+    if not tried.current:
+        return "waiting", record
     marker.unlink(missing_ok=True)
     sweep(checkpoint)
-    return "done"
+    return tried.result, record or _intact(checkpoint)
+
+
+def finish(marker: Path, *, final: bool = True, twin: Path | None = None) -> Result:
+    """`attempt` and `commit` at once, where no other process is at work."""
+    return commit(marker, attempt(marker, final=final, twin=twin))[0]
 
 
 def fail(marker: Path, reason: str) -> None:
@@ -201,10 +248,12 @@ def owned_elsewhere(marker: Path) -> bool:
 
 
 def _recorded(checkpoint: Path) -> str | None:
-    try:
-        return read_record(record_path(checkpoint)).checkpoint["sha256"]
-    except LipguardError:
-        return None
+    record = _intact(checkpoint)
+    return None if record is None else record.checkpoint["sha256"]
+
+
+def _intact(checkpoint: Path) -> AuditRecord | None:
+    return _read_twin(record_path(checkpoint))
 
 
 def _read_twin(path: Path | None) -> AuditRecord | None:

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lipguard.audit.pending import checkpoint_of
+from lipguard.audit.pending import Attempt, checkpoint_of, commit
+from lipguard.audit.record import AuditRecord
+from lipguard.errors import LipguardError
 
 __all__ = ["Finished", "Pool"]
 
@@ -23,6 +25,9 @@ GRACE = 15.0
 
 _TRIES = 2
 """A worker that dies takes its job to one more worker; then the job failed."""
+
+_WORTH = 5.0
+"""Seconds of work on a checkpoint that is gone after which its process is ended."""
 
 _ENVIRONMENT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
@@ -33,13 +38,15 @@ class Finished:
 
     Attributes:
         checkpoint: the file audited.
-        result: "done", "dropped", "waiting", or "failed" where no worker could finish it.
+        result: as of `commit`, or "failed" where no worker could finish it.
         error: why it failed.
+        record: what was found, also where a later save has replaced the version audited.
     """
 
     checkpoint: Path
     result: str
     error: str | None = None
+    record: AuditRecord | None = None
 
 
 @dataclass(eq=False)
@@ -49,6 +56,7 @@ class _Job:
     final: bool
     twin: Path | None
     tries: int = 0
+    abandoned: bool = False
 
 
 class _Worker:
@@ -68,14 +76,15 @@ class _Worker:
             start_new_session=True,  # Ctrl-C is for the training; it decides what becomes of the workers
         )
         self.job: _Job | None = None
-        self.deadline = 0.0
+        self.given = self.deadline = 0.0
         self._answers, self._bell = answers, bell
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
 
     def give(self, job: _Job) -> None:
         """Hand over a job."""
-        self.job, self.deadline = job, time.monotonic() + job.limit + GRACE
+        self.job, self.given = job, time.monotonic()
+        self.deadline = self.given + job.limit + GRACE
         line = {"marker": str(job.marker), "final": job.final, "twin": None if job.twin is None else str(job.twin)}
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):  # it died: the listener says so
@@ -129,11 +138,15 @@ class Pool:
             self._advance()
 
     def cancel(self, marker: Path) -> None:
-        """Forget the audit of a marker, ending its worker if it runs: afterwards nobody writes the record."""
+        """Forget the audit of a checkpoint that is gone."""
         with self._bell:
             self._jobs = deque(job for job in self._jobs if job.marker != marker)
             for worker in [w for w in self._workers if w.job is not None and w.job.marker == marker]:
-                self._discard(worker)
+                assert worker.job is not None
+                worker.job.abandoned = True
+                # A new process takes as long to start as a short audit to end.
+                if time.monotonic() - worker.given > _WORTH:
+                    self._discard(worker)
             self._advance()
 
     def collect(self) -> list[Finished]:
@@ -189,8 +202,7 @@ class Pool:
                     self._retry(job, f"the audit's process ended by itself (exit code {worker.process.returncode}).")
             elif job is not None:
                 worker.job = None
-                result = answer["result"] or "failed"
-                self._finished.append(Finished(checkpoint_of(job.marker), result, answer["error"]))
+                self._take(job, answer)
         for worker in [w for w in self._workers if w.job is not None and time.monotonic() > w.deadline]:
             job = worker.job
             self._discard(worker)
@@ -206,8 +218,27 @@ class Pool:
                 self._workers.append(idle)
             idle.give(self._jobs.popleft())
 
+    def _take(self, job: _Job, answer: dict[str, Any]) -> None:
+        checkpoint = checkpoint_of(job.marker)
+        error = answer.get("error")
+        if error is None:
+            written = answer["written"]
+            tried = Attempt(answer["result"], answer["identity"], answer["current"], None if written is None else Path(written))
+            try:
+                result, record = commit(job.marker, tried)
+            except (LipguardError, OSError) as trouble:
+                error = f"{type(trouble).__name__}: {trouble}"
+            else:
+                if not job.abandoned:
+                    self._finished.append(Finished(checkpoint, result, None, record))
+                return
+        if not job.abandoned:
+            self._finished.append(Finished(checkpoint, "failed", error))
+
     def _retry(self, job: _Job, reason: str) -> None:
         job.tries += 1
+        if job.abandoned:
+            return
         if job.tries < _TRIES:
             self._jobs.appendleft(job)
         else:

@@ -1,7 +1,7 @@
 """The process that audits: `python -m lipguard.audit.worker PARENT` takes markers on its input and answers on its output.
 
-One JSON object a line: {"marker": path, "final": bool, "twin": path or null} in, {"marker": path, "result": ..., "error":
-...} out. The end of the input, which is also what a killed training leaves, ends the process at once, whatever it is doing:
+One JSON object a line: {"marker": path, "final": bool, "twin": path or null} in, the fields of an `Attempt` or {"error": ...}
+out. The end of the input, which is also what a killed training leaves, ends the process at once, whatever it is doing:
 the marker is still there.
 """
 
@@ -32,17 +32,18 @@ def main() -> None:
 
     import torch
 
-    from lipguard.audit.pending import finish
+    from lipguard.audit.pending import attempt
 
     torch.set_num_threads(1)
     while True:
         job: dict[str, Any] = json.loads(jobs.get())
         twin = job.get("twin")
-        answer: dict[str, Any] = {"marker": job["marker"], "result": None, "error": None}
+        answer: dict[str, Any]
         try:
-            answer["result"] = finish(Path(job["marker"]), final=job["final"], twin=None if twin is None else Path(twin))
+            tried = attempt(Path(job["marker"]), final=job["final"], twin=None if twin is None else Path(twin))
+            answer = tried.__dict__ | {"written": None if tried.written is None else str(tried.written)}
         except Exception as error:  # the answer carries it to the process that asked
-            answer["error"] = " ".join(f"{type(error).__name__}: {error}".split())
+            answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

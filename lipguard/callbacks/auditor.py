@@ -112,7 +112,7 @@ class CheckpointAuditor(Callback):
         self._prepared: dict[Path, Path | None] = {}
         self._written: deque[Path] = deque()
         self._violation: str | None = None
-        self._fitting, self._warned = False, set[str]()
+        self._fitting, self._resumed, self._warned = False, False, set[str]()
         self.preparing_seconds = 0.0
         self._undo: Callable[[], None] | None = None
 
@@ -127,7 +127,7 @@ class CheckpointAuditor(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores `state_dict`."""
-        self._saves, self._saved_step = state_dict["saves"], state_dict["saved_step"]
+        self._saves, self._saved_step, self._resumed = state_dict["saves"], state_dict["saved_step"], True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Watches the Trainer's checkpoints.
@@ -173,6 +173,12 @@ class CheckpointAuditor(Callback):
         for marker in pending_in(folder for folder in folders if folder and "://" not in str(folder)):
             self._pool.submit(marker, self.options.time_limit, final=True)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Counts the save that is resumed from: its own state was taken before it was counted."""
+        if self._resumed:
+            self._count(trainer.global_step)
+        self._resumed = False
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remembers the first sample of the first batch."""
         if self._batch_example is None and self.example is None and pl_module.example_input_array is None:
@@ -213,8 +219,7 @@ class CheckpointAuditor(Callback):
     def _before(self, trainer: Trainer, payload: dict[str, Any], path: Path, remote: bool) -> None:
         """Write the marker of a checkpoint that is about to be saved."""
         self._saver = threading.get_ident()
-        if trainer.global_step != self._saved_step or not self._saves:
-            self._saves, self._saved_step = self._saves + 1, trainer.global_step
+        self._count(trainer.global_step)
         if self._saves % self.every_n_checkpoints:
             self._prepared[path] = None
             return
@@ -226,7 +231,6 @@ class CheckpointAuditor(Callback):
         try:
             started = time.monotonic()
             subject = self._subject(trainer, payload)
-            self._pool.cancel(pending_path(path))
             path.parent.mkdir(parents=True, exist_ok=True)
             expects = {"fingerprint": fingerprint(payload.get("state_dict", payload))}
             self._prepared[path] = prepare(path, Pending(expects, subject, self.options))
@@ -237,6 +241,10 @@ class CheckpointAuditor(Callback):
             self.preparing_seconds += time.monotonic() - started
         except Exception as error:  # the checkpoint must be written, whatever becomes of its audit
             self._warn(f"{path.name} is not audited: {type(error).__name__}: {error}")
+
+    def _count(self, step: int) -> None:
+        if step != self._saved_step:
+            self._saves, self._saved_step = self._saves + 1, step
 
     def _subject(self, trainer: Trainer, payload: dict[str, Any]) -> Subject:
         """The network in the payload: a copy of the module, given the weights that are saved."""
@@ -299,23 +307,22 @@ class CheckpointAuditor(Callback):
         """Start what is written, log what is finished."""
         self._submit()
         for finished in self._pool.collect():
-            if finished.result in ("dropped", "waiting"):
-                continue
             record = self._record(finished)
             if record is not None:
-                self.records[finished.checkpoint] = record
+                if finished.result == "done":
+                    self.records[finished.checkpoint] = record
                 self._log(trainer, record)
                 self._judge(record)
 
     def _record(self, finished: Finished) -> AuditRecord | None:
-        try:
-            if finished.result == "failed":
+        record = finished.record
+        if finished.result == "failed":
+            try:
                 fail(pending_path(finished.checkpoint), finished.error or "the audit failed.")
-            record = read_record(record_path(finished.checkpoint))
-        except (LipguardError, OSError) as error:
-            self._warn(f"the audit of {finished.checkpoint.name} left no record: {finished.error or error}")
-            return None
-        if record.failure is not None:
+                self.records[finished.checkpoint] = record = read_record(record_path(finished.checkpoint))
+            except (LipguardError, OSError) as error:
+                self._warn(f"the audit of {finished.checkpoint.name} left no record: {finished.error or error}")
+        if record is not None and record.failure is not None:
             self._warn(f"the audit of {finished.checkpoint.name} recorded a failure: {record.failure}")
         return record
 
