@@ -282,9 +282,10 @@ def _bounds(search: Search, ranges: Ranges, reduced: Reduced, t: Tensor, rho: Te
     index, present, q, _, y, _ = compact(reduced, form.tangent)
     f = index.shape[1]
     count = len(index)
+    # Where nothing is free the Jacobian is known: its norm, not what the solver reached.
+    exact = torch.linalg.matrix_norm(y[:, :, f:], 2)
     if f == 0:
-        values = torch.linalg.matrix_norm(y, 2) * (1 + 1e-15)
-        return values, torch.ones_like(t), torch.full((count,), -1)
+        return exact, torch.ones_like(t), torch.full((count,), -1)
     m, d = y.shape[1], q.shape[2] - f
     transposed = m < d
     old = torch.where(present, t.gather(1, index), torch.ones_like(index, dtype=torch.float64))
@@ -318,7 +319,7 @@ def _bounds(search: Search, ranges: Ranges, reduced: Reduced, t: Tensor, rho: Te
     branch = torch.where(present.any(1), spread.argmax(1), -1)
     # The parent's multipliers are no evidence here: relaxed ranges are not monotone, and a neuron whose phase followed
     # in the parent may be free again. The child's own bound stands even where it is the larger.
-    return solved.rho.clamp_min(0).sqrt(), multipliers, branch
+    return torch.where(present.any(1), solved.rho.clamp_min(0).sqrt(), exact), multipliers, branch
 
 
 def _conclude(search: Search, status: Status) -> Enclosure:
