@@ -52,7 +52,11 @@ def started(folder: Path, epochs: int, *more: str) -> subprocess.Popen:
     script.write_text(SCRIPT)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, script, folder, str(epochs), *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
+        [sys.executable, script, folder, str(epochs), *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        text=True,
     )
     assert process.stdout.readline().strip() == "ready", process.stderr.read()
     return process

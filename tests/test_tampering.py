@@ -224,7 +224,9 @@ def rigor(document):
 
 def slope(document):
     step = next(s for s in document["network"]["tensors"] if s.get("value", {}).get("dtype") == "float64")
-    step["value"]["base64"] = base64.b64encode(torch.full(step["value"]["shape"] or (1,), 0.2).double().numpy().tobytes()).decode()
+    step["value"]["base64"] = base64.b64encode(
+        torch.full(step["value"]["shape"] or (1,), 0.2).double().numpy().tobytes()
+    ).decode()
 
 
 def structure(document):

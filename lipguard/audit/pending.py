@@ -23,11 +23,11 @@ from lipguard.errors import LipguardError, UnreadableCheckpoint
 
 __all__ = [
     "Attempt",
-    "attempt",
-    "commit",
     "Pending",
     "asked_of",
+    "attempt",
     "checkpoint_of",
+    "commit",
     "drop",
     "fail",
     "finish",
