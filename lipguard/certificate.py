@@ -38,7 +38,9 @@ def norm_pair(norm: Norm | str) -> tuple[float, float]:
 def _vector(value: float | Sequence[float] | Tensor, size: int, what: str) -> Tensor:
     tensor = torch.as_tensor(value).detach().to("cpu", torch.float64).flatten()
     if tensor.numel() not in (1, size):
-        raise InvalidDomain(f"{what} has {tensor.numel()} entries, the network has {size} inputs. Give one per input, or a number.")
+        raise InvalidDomain(
+            f"{what} has {tensor.numel()} entries, the network has {size} inputs. Give one per input, or a number."
+        )
     if tensor.isnan().any():
         raise InvalidDomain(f"{what} contains nan.")
     return tensor.expand(size).clone() if tensor.numel() == 1 else tensor
@@ -300,6 +302,6 @@ class Enclosure:
 
     @property
     def rigor(self) -> Rigor:
-        """ "verified" when both bounds are."""
+        """Whether both bounds are "verified"."""
         both = {self.lower_certificate.rigor, self.upper_certificate.rigor}
         return "verified" if both == {"verified"} else "approximate"

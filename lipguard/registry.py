@@ -51,18 +51,27 @@ METHODS: dict[str, Entry] = {
     )
 }
 
+
+def _conic(name: str, hint: str) -> Entry:
+    return Entry(name, "lipguard.solvers.conic:Conic", {"solver": name}, ("cvxpy", name), hint, ("sdp",))
+
+
+def _mixed_integer(name: str, package: str, hint: str, solves: tuple[str, ...]) -> Entry:
+    return Entry(name, f"lipguard.solvers.{name}:solve", {}, (package,), hint, solves)
+
+
 SOLVERS: dict[str, Entry] = {
     entry.name: entry
     for entry in (
         Entry("interior-point", "lipguard.solvers.interior_point:InteriorPoint", solves=("sdp",)),
         Entry("first-order", "lipguard.solvers.first_order:FirstOrder", solves=("sdp",)),
-        Entry("scs", "lipguard.solvers.conic:Conic", {"solver": "scs"}, ("cvxpy", "scs"), "pip install cvxpy scs", ("sdp",)),
-        Entry("clarabel", "lipguard.solvers.conic:Conic", {"solver": "clarabel"}, ("cvxpy", "clarabel"), "pip install cvxpy clarabel", ("sdp",)),
-        Entry("cvxopt", "lipguard.solvers.conic:Conic", {"solver": "cvxopt"}, ("cvxpy", "cvxopt"), "pip install cvxopt", ("sdp",)),
-        Entry("mosek", "lipguard.solvers.conic:Conic", {"solver": "mosek"}, ("cvxpy", "mosek"), "pip install mosek, and a MOSEK licence file", ("sdp",)),
-        Entry("gurobi", "lipguard.solvers.gurobi:Gurobi", {}, ("gurobipy",), "pip install gurobipy; beyond 2000 variables a Gurobi licence", ("milp", "miqcqp")),
-        Entry("scip", "lipguard.solvers.scip:Scip", {}, ("pyscipopt",), "pip install pyscipopt", ("milp", "miqcqp")),
-        Entry("highs", "lipguard.solvers.highs:Highs", {}, ("highspy",), "pip install highspy", ("milp",)),
+        _conic("scs", "pip install cvxpy scs"),
+        _conic("clarabel", "pip install cvxpy clarabel"),
+        _conic("cvxopt", "pip install cvxopt"),
+        _conic("mosek", "pip install mosek, and a MOSEK licence file"),
+        _mixed_integer("gurobi", "gurobipy", "pip install gurobipy; beyond 2000 variables a Gurobi licence", ("milp", "miqcqp")),
+        _mixed_integer("scip", "pyscipopt", "pip install pyscipopt", ("milp", "miqcqp")),
+        _mixed_integer("highs", "highspy", "pip install highspy", ("milp",)),
     )
 }
 

@@ -94,9 +94,7 @@ def lipsdp(fb: Feedback, tied: bool = False) -> LipSDP:
     if tied:
         groups = torch.cat([index[:0], *(torch.full_like(index[:size], k) for k, size in enumerate(program.sizes))])
         uniform = bool((weights == weights[:1]).all())
-        program = SlopeProgram(
-            program.sizes, program.channels, program.rows, program.out, groups, None if uniform else weights
-        )
+        program = SlopeProgram(program.sizes, program.channels, program.rows, program.out, groups, None if uniform else weights)
     return LipSDP(program, squares, order, transposed, _balance(fb))
 
 
@@ -110,7 +108,6 @@ def _balance(fb: Feedback) -> Tensor:
                 outgoing[fb.slices[source]] += torch.linalg.vector_norm(block, dim=0) ** 2
     ratio = (outgoing / incoming).sqrt()
     return torch.where(ratio.isfinite() & (ratio > 0), ratio, torch.ones_like(ratio))
-
 
 
 def _unit_slopes(fb: Feedback, alpha: Tensor, width: Tensor) -> tuple[list[dict[int, Tensor]], dict[int, Tensor]]:
@@ -139,9 +136,7 @@ def _unit_slopes(fb: Feedback, alpha: Tensor, width: Tensor) -> tuple[list[dict[
     return rows, substitute(fb.out)
 
 
-def _program(
-    sizes: tuple[int, ...], channels: int, rows: list[dict[int, Tensor]], out: dict[int, Tensor]
-) -> SlopeProgram:
+def _program(sizes: tuple[int, ...], channels: int, rows: list[dict[int, Tensor]], out: dict[int, Tensor]) -> SlopeProgram:
     """The program of blocks; channels that no neuron and no output can tell apart are merged by a QR."""
     seeing = [row[-1] for row in rows if -1 in row] + ([out[-1]] if -1 in out else [])
     height = sum(block.shape[0] for block in seeing)

@@ -199,7 +199,11 @@ def jacobian(network: Network, slopes: list[Tensor]) -> Tensor:
                     add(source, g)
             case Input():
                 pass
-    return adjoint[0] if 0 in adjoint else torch.zeros(k, network.outputs, network.inputs, dtype=torch.float64, device=network.device)
+    return (
+        adjoint[0]
+        if 0 in adjoint
+        else torch.zeros(k, network.outputs, network.inputs, dtype=torch.float64, device=network.device)
+    )
 
 
 def _jacobian_norms(network: Network, x: Tensor, v: Tensor, norm: tuple[float, float]) -> tuple[Tensor, Tensor]:

@@ -103,7 +103,8 @@ def check_query(network: Network, query: Query, name: str) -> None:
     if network.neurons + min(network.inputs, network.neurons) > _LARGEST_CHECKED:
         gigabytes = 8e-9 * network.neurons**2
         raise UnsupportedQuery(
-            f"{name}: a matrix of {network.neurons} neurons takes {gigabytes:.0f} GB. Use method='spectral', or bound a submodule."
+            f"{name}: a matrix of {network.neurons} neurons takes {gigabytes:.0f} GB. "
+            "Use method='spectral', or bound a submodule."
         )
 
 

@@ -26,7 +26,9 @@ class Spectral:
         """
         del state
         began = time.perf_counter()
-        factors = Factors({i: layer_norm(n.operator, query.norm[0]) for i, n in enumerate(network.nodes) if isinstance(n, Affine)})
+        factors = Factors(
+            {i: layer_norm(n.operator, query.norm[0]) for i, n in enumerate(network.nodes) if isinstance(n, Affine)}
+        )
         proposed = Certificate(math.nan, "upper", query.norm, query.domain, network.digest, "spectral", factors)
         verified = verify(network, proposed)
         return replace(verified, seconds=time.perf_counter() - began), None

@@ -23,7 +23,7 @@ from lipguard.bounds import network_of
 from lipguard.bounds.lipsdp import lipsdp
 from lipguard.bounds.refine import refine
 from lipguard.bounds.sampling import Points, Sampling
-from lipguard.bounds.semidefinite import Semidefinite, Warm, certify, check_query, propose
+from lipguard.bounds.semidefinite import Warm, certify, check_query, propose
 from lipguard.bounds.spectral import Spectral
 from lipguard.certificate import Certificate, Domain, Factors, Norm, Query, norm_pair
 from lipguard.errors import Contradiction, LipguardError, SolverFailed
@@ -127,7 +127,9 @@ class Tracker:
         left = None if seconds is None else max(seconds - spent - self._reserve, 0.0)
         upper = self._upper(network, left, max(floor - spent - self._reserve, 0.0))
         if lower.value > upper.value:
-            raise Contradiction(f"the verified lower bound {lower.value!r} exceeds the verified upper bound {upper.value!r}. Please report this.")
+            raise Contradiction(
+                f"the verified lower bound {lower.value!r} exceeds the verified upper bound {upper.value!r}. Please report this."
+            )
         note = "; ".join(n for n in (upper.note, lower.note) if n)
         self.last = Measurement(upper, lower, time.perf_counter() - began, network, note)
         return upper.value, lower.value
@@ -156,7 +158,9 @@ class Tracker:
         try:
             if self.solver not in ("auto", "interior-point", "first-order"):
                 proposal = propose(self.solver, program, start, self.tol, seconds)
-            elif self.solver == "interior-point" or (self.solver == "auto" and (seconds is None or in_full) and program.order <= 1500):
+            elif self.solver == "interior-point" or (
+                self.solver == "auto" and (seconds is None or in_full) and program.order <= 1500
+            ):
                 proposal = propose("interior-point", program, None, self.tol, None)
                 self._pace = (time.perf_counter() - began) / program.order**3
             elif seconds is None:

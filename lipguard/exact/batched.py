@@ -196,7 +196,16 @@ def solve(batch: Batch, t: Tensor, rho: Tensor, cutoff: Tensor | float, iteratio
         good = info == 0
         if not bool(good.all()):
             keep = good.nonzero()[:, 0]
-            live, batch, t, rho, z, m, y, mu = live[keep], batch.pick(keep), t[keep], rho[keep], z[keep], m[keep], y[keep], mu[keep]
+            live, batch, t, rho, z, m, y, mu = (
+                live[keep],
+                batch.pick(keep),
+                t[keep],
+                rho[keep],
+                z[keep],
+                m[keep],
+                y[keep],
+                mu[keep],
+            )
             factor, scale = factor[keep], scale[keep]
             if not len(live):
                 break

@@ -360,7 +360,12 @@ _TOTAL_MEMORY = _total_memory()
 
 def _take(ranges: Ranges, which: Tensor) -> Ranges:
     return Ranges(
-        ranges.lower[which], ranges.upper[which], ranges.empty[which], ranges.phases[which], ranges.x_lower[which], ranges.x_upper[which]
+        ranges.lower[which],
+        ranges.upper[which],
+        ranges.empty[which],
+        ranges.phases[which],
+        ranges.x_lower[which],
+        ranges.x_upper[which],
     )
 
 

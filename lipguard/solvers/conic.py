@@ -37,13 +37,13 @@ class Conic:
 
         name = self.solver.upper()
         if name not in cp.installed_solvers():
-            raise SolverUnavailable(f"{self.solver} is not installed for CVXPY. Install it with: pip install {self.solver.lower()}.")
+            raise SolverUnavailable(f"{self.solver} is not installed for CVXPY. pip install {self.solver.lower()}.")
         n, order = program.neurons, program.order
         groups = n if program.groups is None else int(program.groups.max()) + 1
         tau, rho = cp.Variable(groups), cp.Variable()
         columns = torch.eye(groups, dtype=torch.float64, device=program.constant.device)
-        spread = torch.stack([program.spread(column) for column in columns], 1) if program.groups is not None else None
-        t = tau if spread is None and program.weights is None else (spread if spread is not None else torch.diag(program.weights)).cpu().numpy() @ tau  # type: ignore[arg-type]
+        plain = program.groups is None and program.weights is None
+        t = tau if plain else torch.stack([program.spread(column) for column in columns], 1).cpu().numpy() @ tau
         units = torch.eye(order, dtype=torch.float64)
         e, q = units[:n].numpy(), program.q(units.to(program.constant)).cpu().numpy()
         channels = torch.diag((torch.arange(order) >= n).to(torch.float64)).numpy()
@@ -58,10 +58,10 @@ class Conic:
         try:
             with limited_threads(1):
                 problem.solve(solver=name, **options)
-        except cp.SolverError as error:
+        except Exception as error:  # each solver raises errors of its own kind: MOSEK for a missing licence, say
             text = str(error).strip().splitlines()
             if "licen" in str(error).lower():
-                raise SolverUnavailable(f"{self.solver} has no valid licence: {text[0]}") from error
+                raise SolverUnavailable(f"{self.solver} has no valid licence: {text[0] if text else error!r}") from error
             raise SolverFailed(f"{self.solver} failed: {text[0] if text else 'no message'}") from error
         if tau.value is None or rho.value is None:
             raise SolverFailed(f"{self.solver} returned no multipliers (status {problem.status}).")

@@ -70,7 +70,11 @@ class FirstOrder:
 
     def _stage(self, program: SlopeProgram, x: Tensor, p: float, limit: int, deadline: float) -> tuple[Tensor, int]:
         def ends(values: list[float]) -> bool:
-            return time.perf_counter() > deadline or len(values) > limit or (len(values) > 10 and values[-11] - values[-1] < self.tol)
+            return (
+                time.perf_counter() > deadline
+                or len(values) > limit
+                or (len(values) > 10 and values[-11] - values[-1] < self.tol)
+            )
 
         return lbfgs(lambda x: smoothed(program, x, p), x, self.memory, ends)
 
@@ -167,10 +171,8 @@ def lbfgs(
             slope = float(gradient @ direction)
         # Multipliers live on a logarithmic scale: a first step changes none by more than a tenth, a preconditioned one by half.
         largest = max(float(direction.abs().max()), 1e-30)
-        if preconditioned:
-            length = min(1.0 if pairs else 0.5, 0.5 / largest)
-        else:
-            length = 1.0 if pairs else min(1.0, 0.1 / largest)
+        first, change = (0.5, 0.5) if preconditioned else (1.0, math.inf if pairs else 0.1)
+        length = min(1.0 if pairs else first, change / largest)
         for _ in range(30):
             candidate = function(x + length * direction)
             if candidate is not None and candidate.value <= current.value + 1e-4 * length * slope:

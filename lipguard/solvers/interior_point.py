@@ -196,5 +196,3 @@ def _solve(program: SlopeProgram, start: Tensor | None, tol: float, max_iteratio
             return Proposal(best.t, best.rho, best.gap, iteration, "the iterate left the cone by rounding.")
         m = torch.cholesky_inverse(factor)
     return best
-
-

@@ -8,6 +8,7 @@ Q = [B A], B strictly lower block triangular; E selects the channels; C0 = [C D]
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class SlopeProgram:
         ends = [0]
         for size in self.sizes:
             ends.append(ends[-1] + size)
-        places = {k: slice(a, b) for k, (a, b) in enumerate(zip(ends, ends[1:], strict=False))}
+        places = {k: slice(a, b) for k, (a, b) in enumerate(itertools.pairwise(ends))}
         return places | {-1: slice(ends[-1], ends[-1] + self.channels)}
 
     def to(self, dtype: torch.dtype) -> SlopeProgram:

@@ -31,7 +31,8 @@ def verify(network: Network, certificate: Certificate) -> Certificate:
     """
     if certificate.digest != network.digest:
         raise NotCertified(
-            f"the certificate is of network {certificate.digest[:12]}, this one is {network.digest[:12]}: a weight or the structure differs."
+            f"the certificate is of network {certificate.digest[:12]}, this one is {network.digest[:12]}: "
+            "a weight or the structure differs."
         )
     evidence = certificate.evidence
     match evidence:

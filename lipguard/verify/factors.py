@@ -10,7 +10,7 @@ from torch import Tensor
 from lipguard.certificate import Factors
 from lipguard.errors import NotCertified
 from lipguard.network import Activation, Affine, Diagonal, Input, Network, Operator, Sum
-from lipguard.rounding import gamma, proves_positive_definite, sqrt_up, sum_up, up
+from lipguard.rounding import TINY, gamma, proves_positive_definite, sqrt_up, sum_up, up
 
 _INFLATIONS = (0.0, 1e-13, 1e-12, 1e-11, 1e-10, 1e-8, 1e-6)
 
@@ -67,6 +67,8 @@ def prove_norm(operator: Operator, proposed: float, p: float, name: str = "") ->
             magnitude = magnitude.transpose()
         count, ones = magnitude.shape[1], torch.ones(magnitude.shape[1], dtype=torch.float64, device=operator.device)
         return float((magnitude(ones) * (1 + 2 * gamma(count + 2))).max())
+    if not proposed >= 0:
+        raise NotCertified(f"{name or 'a layer'}: a norm of {proposed:g} is proposed.")
     weight = operator.dense()
     weight = weight if weight.shape[0] <= weight.shape[1] else weight.T
     if not bool(weight.any()):
@@ -80,7 +82,9 @@ def prove_norm(operator: Operator, proposed: float, p: float, name: str = "") ->
         error = gamma(k + 4)
 
         def radius(v: Tensor, square: float = bound * bound, error: float = error) -> Tensor:
-            return (magnitude @ (magnitude.T @ v) + square * v) * (error * (1 + 4 * gamma(k + v.numel() + 4)))
+            mass = magnitude @ (magnitude.T @ v) + square * v
+            # Products below the normal range lose less than TINY each.
+            return mass * (error * (1 + 4 * gamma(k + v.numel() + 4))) + 2 * (k + 4) * TINY * v.sum()
 
         matrix = -gram
         matrix.diagonal().add_(bound * bound)

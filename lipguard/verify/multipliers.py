@@ -85,7 +85,9 @@ def prover(form: Form, t: Tensor) -> Callable[[float], bool]:
         bound = frobenius_bound(form.y.magnitude())
         return lambda rho: rho >= up(bound * bound) or _linear(form, rho)
     direct = form.y.center[:, n:]
-    eliminates = not bool(form.alpha.any()) and not bool(direct.any()) and (form.y.radius is None or not bool(form.y.radius[:, n:].any()))
+    eliminates = (
+        not bool(form.alpha.any()) and not bool(direct.any()) and (form.y.radius is None or not bool(form.y.radius[:, n:].any()))
+    )
     return _reduced(form, t) if eliminates else _full(form, t)
 
 
@@ -122,7 +124,9 @@ def _reduced(form: Form, t: Tensor) -> Callable[[float], bool]:
     abs_a, abs_c = (None if e.radius is None else e.magnitude() for e in (a, c))
     gram.mul_(ta[:, None]).mul_(ta)
     # Every entry of R is a sum of at most six terms, each with at most max(d, m) + 6 roundings.
-    error = gamma(max(a.center.shape[1], c.center.shape[0]) + 16)
+    count = max(a.center.shape[1], c.center.shape[0]) + 16
+    error = gamma(count)
+    top = 1 + float(t.sum()) + float(tb.sum())
 
     def prove(rho: float) -> bool:
         matrix = fixed.clone()
@@ -139,7 +143,9 @@ def _reduced(form: Form, t: Tensor) -> Callable[[float], bool]:
                 total += _square_radius(c, abs_c, v)
             if a.radius is not None and abs_a is not None:
                 total[span] += ta * _square_radius(Enclosed(a.center.T, a.radius.T), abs_a.T, va) / rho
-            return total * (1 + 8 * gamma(v.numel() + max(a.center.shape[1], c.center.shape[0]) + 16))
+            # Products below the normal range lose less than TINY each, before they are multiplied by t, t^2 / rho or 1 / rho.
+            lost = count * TINY * (top + top * top / rho)
+            return total * (1 + 8 * gamma(v.numel() + count)) + lost * v.sum()
 
         return proves_positive_definite(matrix, radius)
 
@@ -174,10 +180,13 @@ def _full(form: Form, t: Tensor) -> Callable[[float], bool]:
     fixed[:n] -= coupling
     fixed[:, :n] -= coupling.T
     fixed.diagonal()[:n] += 2 * t
-    error = gamma(max(n, y.shape[0]) + 24)
+    count = max(n, y.shape[0]) + 24
+    error = gamma(count)
     abs_q, abs_y = form.q.magnitude(), form.y.magnitude()
     slope = t * (form.alpha.abs() + form.beta.abs())
     bend = 2 * t * (form.alpha * form.beta).abs() * (1 + 2.0**-50)
+    # Products below the normal range lose less than TINY each, before they are multiplied by an entry of Q or by t.
+    lost = 4 * count * TINY * (1 + float(abs_q.max()) + float(t.sum())) if n else 4 * count * TINY
 
     def prove(rho: float) -> bool:
         matrix = fixed.clone()
@@ -194,7 +203,7 @@ def _full(form: Form, t: Tensor) -> Callable[[float], bool]:
                 out += r.T @ (bend * (abs_q @ v)) + abs_q.T @ (bend * (r @ v)) + r.T @ (slope * w)
                 out[:n] += slope * (r @ v)
             out += _square_radius(form.y, abs_y, v)
-            return out * (1 + 8 * gamma(total + n + y.shape[0] + 24))
+            return out * (1 + 8 * gamma(total + n + y.shape[0] + 24)) + lost * v.sum()
 
         return proves_positive_definite(matrix, radius)
 
@@ -249,7 +258,9 @@ def feedback_form(network: Network) -> Form:
         alphas.append(torch.where(thin, alpha - _THINNEST / 2, alpha))
         betas.append(torch.where(thin, beta + _THINNEST / 2, beta))
     empty = torch.zeros(0, dtype=torch.float64, device=network.device)
-    return Form(place(rows, n), place([(0, combos[-1])], network.outputs), n, torch.cat([empty, *alphas]), torch.cat([empty, *betas]))
+    return Form(
+        place(rows, n), place([(0, combos[-1])], network.outputs), n, torch.cat([empty, *alphas]), torch.cat([empty, *betas])
+    )
 
 
 def _compose(operator: Operator, e: Enclosed | None) -> Enclosed:

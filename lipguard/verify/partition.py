@@ -81,7 +81,9 @@ def _chunk(form: PhaseForm, leaves: tuple[Leaf, ...], claim: float, norm: tuple[
     if norm != (2.0, 2.0):
         return float(interval_norms(form, reduced, norm).max())
     ones = torch.ones(n, dtype=torch.float64)
-    t = torch.stack([ones if leaf.t is None else leaf.t.to(torch.float64) for leaf, a in zip(leaves, alive.tolist(), strict=True) if a])
+    t = torch.stack(
+        [ones if leaf.t is None else leaf.t.to(torch.float64) for leaf, a in zip(leaves, alive.tolist(), strict=True) if a]
+    )
     left = torch.arange(len(t))
     value = claim
     inflation = 1e-13
@@ -174,7 +176,12 @@ def jacobian_magnitude(form: PhaseForm, reduced: Reduced) -> Tensor:
 
 def _select(ranges: Ranges, which: Tensor) -> Ranges:
     return Ranges(
-        ranges.lower[which], ranges.upper[which], ranges.empty[which], ranges.phases[which], ranges.x_lower[which], ranges.x_upper[which]
+        ranges.lower[which],
+        ranges.upper[which],
+        ranges.empty[which],
+        ranges.phases[which],
+        ranges.x_lower[which],
+        ranges.x_upper[which],
     )
 
 

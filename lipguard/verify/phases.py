@@ -101,7 +101,9 @@ def phase_form(network: Network, domain: Domain | None) -> PhaseForm:
         node = network.nodes[i]
         assert isinstance(node, Activation)
         if not isinstance(node.function, PiecewiseLinear):
-            raise UnsupportedQuery(f"{node.name or f'node {i}'} ({node.function.name}) is not piecewise linear: it has no phases.")
+            raise UnsupportedQuery(
+                f"{node.name or f'node {i}'} ({node.function.name}) is not piecewise linear: it has no phases."
+            )
         functions.append(node.function)
         sizes.append(network.sizes[i])
     count = max((len(f.pieces) for f in functions), default=1)
@@ -150,7 +152,9 @@ def phase_form(network: Network, domain: Domain | None) -> PhaseForm:
             center, radius, ball_norm = torch.zeros(d, dtype=torch.float64), math.inf, math.inf
     # Entries that were themselves computed (composed affine maps) carry a radius: as a relative error it joins the
     # rounding of the sums. A heavy cancellation makes it large, which is sound and shows in the result.
-    relative = max((_relative(e) for e in (form.q, form.y, Enclosed(bias.cpu(), None if spread is None else spread.cpu()))), default=0.0)
+    relative = max(
+        (_relative(e) for e in (form.q, form.y, Enclosed(bias.cpu(), None if spread is None else spread.cpu()))), default=0.0
+    )
     error = gamma(4 * (len(layers) + 2) * (n + q.shape[1] + 16)) + 2 * relative * (len(layers) + 2)
     return PhaseForm(
         q, y, bias.cpu(), error, tuple(layers), breaks, pieces, heights, lower, upper, center, radius, ball_norm, tangent
@@ -239,7 +243,10 @@ class Lines:
         if slopes is None:
             width = high - low
             chord = torch.where(width > 0, (values[1] - values[0]) / width.clamp_min(1e-300), slope)
-            first, last = pick(form.pieces[:, here], _piece_index(form, low, here)), pick(form.pieces[:, here], _piece_index(form, high, here))
+            first, last = (
+                pick(form.pieces[:, here], _piece_index(form, low, here)),
+                pick(form.pieces[:, here], _piece_index(form, high, here)),
+            )
             # The flatter error of the two end pieces; chord where the function bends the other way.
             end = torch.where(high > -low, last, first)
             up_slope, down_slope = torch.where(last >= first, chord, end), torch.where(last >= first, end, chord)
@@ -248,7 +255,9 @@ class Lines:
         up_slope, down_slope = (torch.nan_to_num(s, 0.0, 0.0, 0.0) for s in (up_slope, down_slope))
         up = torch.stack([v - up_slope * p for v, p in zip(values, at, strict=True)]).amax(0)
         down = torch.stack([v - down_slope * p for v, p in zip(values, at, strict=True)]).amin(0)
-        size = torch.stack([v.abs() + torch.maximum(up_slope.abs(), down_slope.abs()) * p.abs() for v, p in zip(values, at, strict=True)])
+        size = torch.stack(
+            [v.abs() + torch.maximum(up_slope.abs(), down_slope.abs()) * p.abs() for v, p in zip(values, at, strict=True)]
+        )
         slack = 16 * UNIT * size.amax(0) + 8 * UNIT * form.heights[:, here].abs().amax(0)
         self.high_slope[:, here] = torch.where(fixed, slope, up_slope)
         self.high_height[:, here] = torch.where(fixed, height, up + slack)

@@ -17,9 +17,6 @@ from lipguard.errors import NotCertified
 from lipguard.network import Activation, Affine, Input, Network, Operator, Sum
 from lipguard.rounding import TINY, UNIT, down, gamma, sum_up, up
 
-_EVALUATION = 2.0**-40
-"""Relative error granted to torch's elementary functions; they are accurate to a few ulps (2**-52)."""
-
 _Ball = tuple[Tensor, Tensor]
 
 
@@ -63,7 +60,7 @@ def _tangent(network: Network, point: Tensor, direction: Tensor) -> _Ball:
                 alpha, beta = node.function.slopes
                 steepest = torch.maximum(alpha.abs(), beta.abs())
                 y = node.function(z)
-                values.append((y, (steepest * e + _EVALUATION * (y.abs() + steepest * z.abs())) * (1 + 8 * UNIT)))
+                values.append((y, (steepest * e + node.function.rounding(z)) * (1 + 8 * UNIT)))
                 mid = (low + high) / 2
                 spread = (high - mid).maximum(mid - low) * (1 + 2 * UNIT)
                 exact = low == high
