@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lipguard import registry
 from lipguard.certificate import Certificate, Domain, Norm, Query, norm_pair
-from lipguard.errors import InvalidExample
 from lipguard.network import Network
 from lipguard.solvers.threads import one_thread
 
@@ -79,8 +77,4 @@ def network_of(
     """
     from lipguard.network.capture import capture
 
-    if example is None:
-        if isinstance(model, Network):
-            return model if outputs is None else capture(model, torch.empty(0), outputs=outputs)
-        raise InvalidExample("a module needs an example input: a batch (1, ...) of the shape it takes. Give example=...")
     return capture(model, example, submodule=submodule, outputs=outputs)

@@ -26,7 +26,7 @@ dropped layer changes; half precision is compared in float64 whenever the module
 
 def capture(
     model: nn.Module | Network,
-    example: Tensor,
+    example: Tensor | None = None,
     *,
     submodule: str | None = None,
     outputs: Tensor | tuple[int, int] | None = None,
@@ -39,7 +39,8 @@ def capture(
 
     Args:
         model: the module (compiled or parametrized ones too), or a `Network`, which is returned as it is.
-        example: a batch of inputs, shape (B, ...), B >= 1; only its shape and the first row matter.
+        example: a batch of inputs, shape (B, ...), B >= 1; only its shape and the first row matter. Not needed for a
+            `Network`.
         submodule: path of the submodule to bound. `example` is then an input of `model`, run once to see what arrives at
             the submodule, or, where that fails, an input of the submodule itself.
         outputs: a matrix (k, m) applied to the m outputs, or a pair (i, j) of classes, for output i minus output j.
@@ -57,6 +58,8 @@ def capture(
     if isinstance(model, Network):
         network = model
     elif isinstance(model, nn.Module):
+        if example is None:
+            raise InvalidExample("a module needs an example input, a batch (1, ...) of the shape it takes. Give example=...")
         load()
         network = _capture(_unwrap(model), example, submodule, live)
     else:
