@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from lipguard.audit.pool import Finished, Pool
     from lipguard.audit.record import AuditRecord
+    from lipguard.audit.run import Subject
     from lipguard.certificate import Ball, Box
     from lipguard.network import Network
 
@@ -148,15 +149,13 @@ def _started(
     return _row(path, "pending")
 
 
-def _captured(path: Path, options: Namespace, shape: tuple[int, ...] | None) -> Any:
-    from lipguard.audit.recipe import captured
-    from lipguard.audit.run import Subject, describe
+def _captured(path: Path, options: Namespace, shape: tuple[int, ...] | None) -> Subject:
+    from lipguard.audit.run import subject_of
+    from lipguard.audit.weights import read_contents
     from lipguard.checkpoint import example_input, load_module
 
     module = load_module(path, model=options.model, trust=options.trust)
-    example = example_input(module, shape)
-    _, recipe = captured(module, example, submodule=options.submodule)
-    return Subject(describe(module, example, options.submodule), recipe)
+    return subject_of(module, example_input(module, shape), options.submodule, read_contents(path))
 
 
 def _limit(marker: Path) -> float:

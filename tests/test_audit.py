@@ -367,6 +367,17 @@ def test_audit_and_verify_from_the_command_line(folder, capsys):  # noqa: F811
     assert "verified" in out
 
 
+def test_a_whole_module_needs_trust_and_is_tied_by_its_hash(folder, capsys):  # noqa: F811
+    torch.save(nets().Plain(), "whole.pt")
+    assert run(capsys, "audit", "whole.pt", "--method", "bounds")[0] == 2
+    code, document = document_of(capsys, "audit", "whole.pt", "--trust", "--method", "bounds", "--json")
+    assert code == 0
+    assert document["audits"][0]["state"] == "audited"
+    code, document = document_of(capsys, "verify", "whole.pt", "--trust", "--json")
+    assert code == 0
+    assert document["records"][0]["remark"].startswith("0 tensors by name")
+
+
 def test_audit_finishes_what_is_pending(folder, capsys):  # noqa: F811
     module = small()
     marker = prepare(folder / "a.ckpt", pending(module, Options(domain=BOX, method="bounds")))

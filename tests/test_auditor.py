@@ -59,8 +59,9 @@ def audited(path: Path) -> str:
 
 
 def workers() -> list[str]:
-    listed = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in listed.splitlines() if "lipguard.audit.worker" in line]
+    """Processes at work for this one."""
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in listed.splitlines() if f"lipguard.audit.worker {os.getpid()}" in line]
 
 
 # Which checkpoints.
@@ -83,12 +84,13 @@ def test_top_k_last_and_manual_saves_are_audited(tmp_path):
     assert [audited(path) for path in kept]
     audited(tmp_path / "by hand" / "two.ckpt")
     assert read_record(record_path(tmp_path / "by hand" / "two.ckpt")).step == 2
-    # Values are logged at the step of the save, outward; the enumeration closes them but for the rounding of its upper end.
+    # Values are logged at the step of the save, outward.
     rows = dict(logged(tmp_path, "lipschitz/audit/upper"))
     for record in watch.records.values():
         assert record.upper <= rows[record.step] <= record.upper * (1 + 2**-23)
     assert {value for _, value in logged(tmp_path, "lipschitz/audit/status")} == {0.0}
     steps = {step for step, _ in logged(tmp_path, "lipschitz/audit/lower")}
+    assert all(r.enclosure["claimed_upper"] <= r.lower * (1 + 1e-6) for r in watch.records.values())
     assert steps >= {record.step for record in watch.records.values()} >= {2, STEPS}
     # A save after the training is audited as well, before save_checkpoint returns.
     run.save_checkpoint(tmp_path / "late.ckpt")

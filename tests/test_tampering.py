@@ -266,6 +266,49 @@ def test_the_checker_finds_what_a_new_hash_hides(audited, tmp_path, forge):
         verify_record(forged, audited)
 
 
+@pytest.fixture(scope="module")
+def partitioned(tmp_path_factory):
+    """A checkpoint whose upper bound is proved by leaves of a branching."""
+    torch.manual_seed(2)
+    module = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 2))
+    path = tmp_path_factory.mktemp("partitioned") / "a.ckpt"
+    torch.save(module.state_dict(), path)
+    options = Options(domain=Box(-1.0, 1.0), method="branch-and-bound", time_limit=20)
+    audit_checkpoint(path, module, torch.zeros(1, 2), options)
+    verify_record(read_record(record_path(path)), path)
+    return path
+
+
+def lose_a_leaf(partition):
+    del partition["leaves"][-1]
+
+
+def lower_claim(partition):
+    partition["value"] *= 0.99
+
+
+def another_phase(partition):
+    for leaf in partition["leaves"]:
+        encoded = leaf["phases"]
+        data = bytearray(base64.b64decode(encoded["base64"]))
+        data[0] ^= 1
+        encoded["base64"] = base64.b64encode(data).decode()
+
+
+def claim_empty(partition):
+    for leaf in partition["leaves"]:
+        leaf["empty"] = True
+
+
+@pytest.mark.parametrize("forge", [lose_a_leaf, lower_claim, another_phase, claim_empty])
+def test_a_forged_partition_proves_nothing(partitioned, tmp_path, forge):
+    document = json.loads(record_path(partitioned).read_bytes())
+    forge(certificate(document, "partition")["evidence"])
+    resealed(document, tmp_path / "a.ckpt.lipguard.json")
+    with pytest.raises(NotCertified):
+        verify_record(read_record(tmp_path / "a.ckpt.lipguard.json"), partitioned)
+
+
 def test_a_weight_is_found_though_every_hash_was_computed_anew(audited, tmp_path):
     payload = torch.load(audited, weights_only=True)
     payload["state_dict"]["1.running_var"][0] *= 1.01

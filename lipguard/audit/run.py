@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lipguard import __version__, registry
 from lipguard.audit.encoding import certificate_json, finite
-from lipguard.audit.recipe import captured, rebuild
+from lipguard.audit.recipe import captured, rebuild, recipe_of
 from lipguard.audit.record import AuditRecord, record_path, write_record
 from lipguard.audit.weights import Contents, read_contents
 from lipguard.bounds import bound
@@ -28,7 +28,17 @@ from lipguard.network import Network
 from lipguard.solvers.threads import limited_threads, one_thread
 from lipguard.verify import verify
 
-__all__ = ["Options", "Outcome", "Subject", "audit_checkpoint", "audit_network", "enclosed", "make_record", "versions"]
+__all__ = [
+    "Options",
+    "Outcome",
+    "Subject",
+    "audit_checkpoint",
+    "audit_network",
+    "enclosed",
+    "make_record",
+    "subject_of",
+    "versions",
+]
 
 _SHARE = 0.25
 """Of the time limit, for the bounds that stand if the exact method does not finish."""
@@ -293,14 +303,27 @@ def audit_checkpoint(
     options = options or Options()
     options.check()
     contents = read_contents(path)
-    network, recipe = captured(model, example, submodule=submodule)
-    if rebuild(recipe, contents.weights).digest != network.digest:
-        raise InvalidModel(f"the module does not hold the weights of {path}: load its state_dict first.")
-    subject = Subject(describe(model, example, submodule), recipe)
+    subject = subject_of(model, example, submodule, contents)
     record = make_record(Path(path).name, contents, subject, options)
     if write:
         write_record(record, record_path(path))
     return record
+
+
+def subject_of(model: nn.Module, example: Tensor, submodule: str | None, contents: Contents) -> Subject:
+    """What to audit of a module that was loaded from a file with these contents.
+
+    A file that holds a whole module and no state_dict is tied to its record by its SHA-256 alone.
+
+    Raises:
+        LipguardError: the module cannot be captured, or does not hold the file's weights.
+    """
+    network, recipe = captured(model, example, submodule=submodule)
+    if not contents.weights:
+        recipe = recipe_of(network)
+    elif rebuild(recipe, contents.weights).digest != network.digest:
+        raise InvalidModel("the module does not hold the checkpoint's weights: load its state_dict first.")
+    return Subject(describe(model, example, submodule), recipe)
 
 
 def describe(model: nn.Module, example: Tensor | None, submodule: str | None) -> dict[str, Any]:
