@@ -118,6 +118,8 @@ def _compare(network: Network, module: nn.Module, batch: Tensor, root: str) -> N
     """Raise unless network and module agree on two samples, in float64 if the module runs in it, else in its own dtype."""
     with torch.no_grad():
         values = network.values(batch.detach().flatten(1))
+        if not bool(values[-1].isfinite().all()):
+            raise InvalidModel(f"{root}: its weights are so large that its values overflow float64. Rescale the layers.")
         scale = 1e-300 + max(float(v.abs().max()) for v in values if v.numel())
         casts = {n: t.detach().double() for n, t in _named_tensors(module) if t.is_floating_point()}
         references: list[tuple[Callable[[], Any], float]] = [

@@ -35,7 +35,7 @@ class FirstOrder:
         memory: pairs kept by L-BFGS.
     """
 
-    tol: float = 1e-6
+    tol: float = 5e-5
     max_iterations: int = 1500
     memory: int = 30
 
