@@ -268,7 +268,7 @@ def test_no_multipliers_prove_less_than_the_constant(t, rho):
 def test_no_factors_prove_less_than_the_constant(norms, norm):
     known = ZOO["single-relu"]
     net = lg.capture(known.make(), known.example)
-    factors = Factors({i: v for i, v in zip((1, 3), norms, strict=True)})
+    factors = Factors(dict(zip((1, 3), norms, strict=True)))
     constant = known.constants[norm[0]]
     rejected_or_harmless(net, Certificate(0.0, "upper", norm, None, net.digest, "any", factors), constant * (1 - 2**-50))
 

@@ -22,10 +22,13 @@ from lipguard.verify import verify
 Solver = Callable[[SlopeProgram, Tensor | None, float], Proposal]
 
 _LARGEST_DENSE = 1500
-"""Order of the matrix inequality up to which the interior point method is chosen: about ten seconds."""
+"""Order of the matrix inequality up to which the interior point method is chosen: about half a minute."""
 
 _LARGEST_CHECKED = 30_000
 """Order up to which the checker's Cholesky factorisation fits in memory (7 GB)."""
+
+_SOLVED = 1e-2
+"""Relative gap from which a program counts as solved: its value is then compared with no other."""
 
 _PULLS = (1e-9, 1e-7, 1e-5, 1e-3, 1e-2, 0.1, 1.0)
 """Margins by which multipliers outside the cone, or too near to its boundary, are pulled inside."""
@@ -87,6 +90,11 @@ class Semidefinite:
             notes.append(f"{name}: {failure}")
             proposal = None
         certificate = certify(network, query, problem, proposal, self.name, notes)
+        if proposal is not None and not proposal.gap <= _SOLVED:
+            # An unfinished solve, or a network whose constant is 0 and whose program has no interior optimum.
+            product, _ = Spectral()(network, query)
+            if product.value < certificate.value:
+                certificate = replace(product, note="; ".join([*notes, f"{self.name} proves {certificate.value:.6g} only"]))
         evidence = certificate.evidence
         warm = Warm(evidence.t, evidence.rho) if isinstance(evidence, Multipliers) else None
         return replace(certificate, seconds=time.perf_counter() - began), warm
@@ -148,6 +156,8 @@ def certify(
             return replace(certificate, details=details, note="; ".join(notes))
         notes.append(f"NotCertified: {reason}")
     fallback, _ = Spectral()(network, query)
+    if fallback.value == 0:
+        return fallback  # a constant network: no multipliers were needed
     return replace(fallback, note="; ".join([*notes, f"the spectral product {fallback.value:.6g} stands"]))
 
 
