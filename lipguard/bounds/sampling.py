@@ -38,8 +38,8 @@ class Sampling:
         seed: of the generator that draws the starts; the global random state is not touched.
     """
 
-    starts: int = 32
-    steps: int = 60
+    starts: int = 128
+    steps: int = 80
     seed: int = 0
     time_limit: float | None = None
 
