@@ -214,8 +214,9 @@ class Leaf:
 
     `phases` has one entry per neuron in the order of the activation nodes: the index of the linear piece the neuron
     stays in (ReLU: 0 off, 1 on), or -1 where it is free. `empty` claims that no input of the domain has these phases,
-    proved by `farkas`, weights of the phases' demands in the order of the neurons. `part` is the piece of the domain
-    the leaf lies in: 0, or on all of R^d the facet of the box of directions.
+    proved by `farkas`, weights of the phases' demands in the order of the neurons. `flat` are such weights as well:
+    they prove that the inputs with these phases have no interior. `part` is the piece of the domain the leaf lies in:
+    0, or on all of R^d the facet of the box of directions.
     """
 
     phases: Tensor
@@ -223,6 +224,7 @@ class Leaf:
     empty: bool = False
     farkas: Tensor | None = None
     part: int = 0
+    flat: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

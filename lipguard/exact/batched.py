@@ -210,10 +210,7 @@ def solve(batch: Batch, t: Tensor, rho: Tensor, cutoff: Tensor | float, iteratio
             if not len(live):
                 break
 
-        def newton(r: Tensor, factor: Tensor = factor, scale: Tensor = scale) -> Tensor:
-            return torch.cholesky_solve((r * scale)[:, :, None], factor)[:, :, 0] * scale
-
-        dy = newton(-b.expand(len(t), -1))
+        dy = _newton(factor, scale, -b.expand(len(t), -1))
         dz = batch.linear(dy[:, f], dy[:, :f] * batch.present)
         w = m @ dz
         wy = w @ y
@@ -224,7 +221,7 @@ def solve(batch: Batch, t: Tensor, rho: Tensor, cutoff: Tensor | float, iteratio
         sigma = torch.where(torch.minimum(primal_step, dual_step) > 0.1, sigma, torch.ones_like(sigma))
         second = w @ dual
         centre = (sigma * mu)[:, None, None] * m - (second + second.mT) / 2
-        dy = newton(batch.adjoint(centre) - b)
+        dy = _newton(factor, scale, batch.adjoint(centre) - b)
         step = dy[:, :f] * batch.present
         dz = batch.linear(dy[:, f], step)
         wy = m @ dz @ y
@@ -245,6 +242,10 @@ def solve(batch: Batch, t: Tensor, rho: Tensor, cutoff: Tensor | float, iteratio
                 break
         m = torch.cholesky_inverse(factors)
     return Solved(best_t, best_rho, dual_value, ratio, weight)
+
+
+def _newton(factor: Tensor, scale: Tensor, r: Tensor) -> Tensor:
+    return torch.cholesky_solve((r * scale)[:, :, None], factor)[:, :, 0] * scale
 
 
 def _scores(batch: Batch, y: Tensor) -> tuple[Tensor, Tensor]:

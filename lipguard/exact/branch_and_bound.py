@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import math
-import resource
 import time
 from dataclasses import dataclass, field, replace
 
@@ -23,20 +23,37 @@ import torch
 from torch import Tensor
 
 from lipguard.certificate import Certificate, Enclosure, Leaf, Partition, Query, Status
-from lipguard.exact import batched
+from lipguard.errors import NotCertified
 from lipguard.exact.feasibility import Feasibility, feasibility, pattern_at
+from lipguard.exact.flatness import THIN, flat_weights
+from lipguard.exact.memory import memory_share
+from lipguard.exact.node_bounds import Effort, node_bounds
 from lipguard.exact.problem import Problem, problem
 from lipguard.network import Network
 from lipguard.solvers.threads import one_thread
 from lipguard.verify import verify
-from lipguard.verify.partition import interval_norms
-from lipguard.verify.phases import PhaseForm, Ranges, phase_form, propagate, refutes
-from lipguard.verify.substitution import Reduced, compact, reduce
+from lipguard.verify.partition import semidefinite
+from lipguard.verify.phase_form import PhaseForm, phase_form
+from lipguard.verify.phases import Ranges, propagate, refutes
+from lipguard.verify.substitution import Reduced, reduce
 
+_LOGGER = logging.getLogger("lipguard.exact")
 _BATCH = 64
+_BATCH_SECONDS = 0.5
+"""A batch is made smaller where it would take longer: the time limit is looked at in between."""
 _ITERATIONS = 12
+_FINE = 1e-9
+"""Gap to which a search that ended soon goes on, for as long as this may take:"""
+_FINE_SECONDS = 1.0
+_SOON = 0.5
+_SMALLEST = 1e-100
+"""Least value that is claimed: its square must be a number."""
 _MEMORY = 0.8
 """Share of the machine's memory at which the search ends."""
+
+
+Known = tuple[np.ndarray, np.ndarray] | None
+"""A point of a region with its pattern, if one is known."""
 
 
 @dataclass(eq=False)
@@ -62,6 +79,11 @@ class Node:
     part: int = 0
 
     @property
+    def known(self) -> Known:
+        """The point with its pattern."""
+        return None if self.point is None or self.pattern is None else (self.point, self.pattern)
+
+    @property
     def leaf(self) -> Leaf:
         """The node as evidence."""
         return Leaf(self.decisions.to(torch.int8), self.t, part=self.part)
@@ -77,9 +99,12 @@ class Search:
     deadline: float
     heap: list[tuple[float, int, Node]] = field(default_factory=list)
     leaves: list[Leaf] = field(default_factory=list)
+    done: list[Node] = field(default_factory=list)
     proved: float = 0.0
+    batch: int = _BATCH
     nodes: int = 0
     refuted: int = 0
+    flat: int = 0
     closed: float = 0.0
     counter: itertools.count[int] = field(default_factory=itertools.count)
     seen: set[bytes] = field(default_factory=set)
@@ -94,14 +119,29 @@ class Search:
         """Upper bound of the constant over all leaves and open nodes."""
         return max(self.proved, -self.heap[0][0] if self.heap else 0.0)
 
+    @property
+    def fine(self) -> bool:
+        """Whether the gap is near what float64 can prove."""
+        return self.gap <= _FINE
+
+    @property
+    def effort(self) -> Effort:
+        """How well the next semidefinite programs are to be solved: the roots with care, fine searches to the end."""
+        return Effort(self.target, 40 if self.fine or not self.heap else _ITERATIONS, _FINE / 4 if self.fine else 1e-7)
+
+    @property
+    def evidence(self) -> tuple[Leaf, ...]:
+        """Leaves that cover the domain, whenever the search is stopped."""
+        return (*self.leaves, *(node.leaf for node in self.done), *(node.leaf for _, _, node in self.heap))
+
     def push(self, node: Node) -> None:
         """Keep an open node."""
         heapq.heappush(self.heap, (-node.bound, next(self.counter), node))
 
     def finish(self, node: Node) -> None:
         """Make a bounded node a leaf."""
+        self.done.append(node)
         self.proved = max(self.proved, node.bound)
-        self.leaves.append(node.leaf)
 
 
 def branch_and_bound(network: Network, query: Query, *, time_limit: float | None = None, gap: float = 1e-6) -> Enclosure:
@@ -120,14 +160,25 @@ def branch_and_bound(network: Network, query: Query, *, time_limit: float | None
         form = phase_form(network, query.domain)
         deadline = math.inf if time_limit is None else time.monotonic() + time_limit
         search = Search(form, task, gap, deadline)
-        task.sample()
-        task.improve(seconds=2.0)
-        count = len(form.lower)
-        roots = torch.full((count, form.neurons), -1, dtype=torch.long)
-        ones = torch.ones(count, form.neurons, dtype=torch.float64)
-        _evaluate(search, roots, torch.arange(count), ones, torch.full((count,), math.nan, dtype=torch.float64), [None] * count)
-        status = _run(search)
-        return _conclude(search, status)
+        try:
+            task.sample()
+            task.improve(seconds=2.0)
+            _roots(search)
+            status = _run(search)
+        except KeyboardInterrupt:
+            status = "interrupted"
+        if not search.evidence:
+            _roots(search)  # a bound there must be
+        value, evidence = search.upper, search.evidence
+        if status == "closed" and gap > _FINE and time.monotonic() - task.started < _SOON:
+            value, evidence = _refine(search)
+        return _conclude(search, status, value, evidence, gap)
+
+
+def _roots(search: Search) -> None:
+    count, n = len(search.form.lower), search.form.neurons
+    roots, ones = torch.full((count, n), -1, dtype=torch.long), torch.ones(count, n, dtype=torch.float64)
+    _evaluate(search, roots, torch.arange(count), ones, torch.full((count,), math.nan, dtype=torch.float64), [None] * count)
 
 
 def _run(search: Search) -> Status:
@@ -137,7 +188,7 @@ def _run(search: Search) -> Status:
                 return "closed"
             if time.monotonic() > search.deadline:
                 return "time limit"
-            if _memory_share() > _MEMORY:
+            if memory_share() > _MEMORY:
                 return "memory limit"
             _expand(search)
     except KeyboardInterrupt:
@@ -145,36 +196,60 @@ def _run(search: Search) -> Status:
     return "closed"
 
 
+def _refine(search: Search) -> tuple[float, tuple[Leaf, ...]]:
+    """Go on to a gap of `_FINE` for a moment: the bound then, or the one before, with its leaves."""
+    value, evidence, closed = search.upper, search.evidence, search.closed
+    search.gap, search.deadline = _FINE, min(search.deadline, time.monotonic() + _FINE_SECONDS)
+    reopened = [node for node in search.done if node.bound > search.target and node.branch >= 0]
+    again = [*reopened, *(node for _, _, node in search.heap)]
+    search.done = [node for node in search.done if node.bound <= search.target or node.branch < 0]
+    search.proved, search.heap = max((node.bound for node in search.done), default=0.0), []
+    if again:
+        try:
+            _evaluate(search, *_columns([(node, node.decisions, node.known) for node in again]))
+        except KeyboardInterrupt:
+            return value, evidence
+    finished = _run(search) == "closed" and search.closed == closed
+    search.closed = closed
+    return (search.upper, search.evidence) if finished else (value, evidence)
+
+
 def _expand(search: Search) -> None:
     """Branch the nodes of largest bounds and evaluate their children as one batch."""
+    started = time.monotonic()
     parents: list[Node] = []
-    while search.heap and len(parents) < _BATCH:
-        _, _, node = heapq.heappop(search.heap)
-        if node.bound <= search.target or node.branch < 0:
-            search.finish(node)
-        else:
-            parents.append(node)
-    if not parents:
-        return
-    decisions, parts, t, rho, points = [], [], [], [], []
+    children: list[tuple[Node, Tensor, Known]] = []
     try:
+        # Interrupted anywhere, a node may be kept twice but is never lost.
+        while search.heap and len(parents) < search.batch:
+            node = search.heap[0][2]
+            if node.bound <= search.target or node.branch < 0:
+                search.finish(node)
+            else:
+                parents.append(node)
+            heapq.heappop(search.heap)
         for node in parents:
             for piece in range(len(search.form.pieces)):
                 child = node.decisions.clone()
                 child[node.branch] = piece
-                decisions.append(child)
-                parts.append(node.part)
-                t.append(node.t)
-                rho.append(node.bound**2)
                 own = node.pattern is not None and int(node.pattern[node.branch]) == piece
-                points.append((node.point, node.pattern) if own else None)
-        _evaluate(
-            search, torch.stack(decisions), torch.tensor(parts), torch.stack(t), torch.tensor(rho, dtype=torch.float64), points
-        )
+                children.append((node, child, node.known if own else None))
+        if parents:
+            _evaluate(search, *_columns(children))
+            each = (time.monotonic() - started) / len(parents)
+            search.batch = max(1, min(_BATCH, int(_BATCH_SECONDS / each)))
     except KeyboardInterrupt:
         for node in parents:
             search.push(node)
         raise
+
+
+def _columns(children: list[tuple[Node, Tensor, Known]]) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Known]]:
+    """Decisions, parts, multipliers, squared bounds and points of (parent, decisions, point)."""
+    parents, decisions, points = zip(*children, strict=True)
+    bounds = torch.tensor([node.bound for node in parents], dtype=torch.float64)
+    parts, t = torch.tensor([node.part for node in parents]), torch.stack([node.t for node in parents])
+    return torch.stack(decisions), parts, t, bounds**2, list(points)
 
 
 def _evaluate(
@@ -183,7 +258,7 @@ def _evaluate(
     parts: Tensor,
     t: Tensor,
     rho: Tensor,
-    points: list[tuple[np.ndarray, np.ndarray] | None],
+    points: list[Known],
 ) -> None:
     """Bound new nodes; nothing is added to the search before all of it succeeded."""
     form, task = search.form, search.task
@@ -194,7 +269,7 @@ def _evaluate(
     alive = (~ranges.empty).nonzero()[:, 0]
     nodes: list[Node] = []
     if len(alive):
-        ranges, decisions, parts, t, rho = _take(ranges, alive), decisions[alive], parts[alive], t[alive], rho[alive]
+        ranges, decisions, parts, t, rho = ranges.pick(alive), decisions[alive], parts[alive], t[alive], rho[alive]
         points = [points[i] for i in alive.tolist()]
         reduced = reduce(form, ranges)
         open_ = [i for i, point in enumerate(points) if point is None]
@@ -210,40 +285,60 @@ def _evaluate(
         for i, outcome in enumerate(found):
             if outcome is not None and not refuted[i]:
                 points[i] = _try_point(search, outcome, ranges.phases[i])
+                if outcome.margin <= THIN:
+                    points[i] = None  # a child's own program must find out whether it is flat
+                    refuted[i] = _flat(search, leaves, decisions[i], ranges, reduced, i, int(parts[i]))
         kept = (~refuted).nonzero()[:, 0]
         if len(kept):
-            chosen = _take(ranges, kept)
-            bounds, multipliers, branches = _bounds(search, chosen, _take_reduced(reduced, kept), t[kept], rho[kept])
+            chosen = ranges.pick(kept)
+            norm = task.query.norm
+            bounds, multipliers, branches = node_bounds(form, norm, chosen, reduced.pick(kept), t[kept], rho[kept], search.effort)
+            if search.fine and norm == (2.0, 2.0):
+                # So near the optimum the checker's rounding counts: what it refuses must be branched.
+                proved = semidefinite(form, reduced.pick(kept), multipliers, search.target)
+                bounds = torch.where(proved | (branches < 0), bounds, bounds.clamp_min(search.target * (1 + 1e-9)))
             for row, i in enumerate(kept.tolist()):
                 point = points[i]
                 node = Node(decisions[i], ranges.phases[i], float(bounds[row]), multipliers[row], int(branches[row]))
                 node.part = int(parts[i])
                 if point is not None:
                     node.point, node.pattern = point
+                if node.branch < 0 and node.bound > search.target:
+                    # A single region: its norm is attained if it has an interior, and else only on the closed side.
+                    found_interior = task.consider(node.phases.numpy().astype(np.intp))
+                    if not found_interior.exists and _flat(search, leaves, decisions[i], ranges, reduced, i, node.part):
+                        continue
                 nodes.append(node)
     search.leaves += leaves
     for node in nodes:
         if node.bound <= search.target:
             search.finish(node)
         elif node.branch < 0:
-            # A single region: its norm is attained if it has an interior, and else only on the closed side.
-            task.consider(node.phases.numpy().astype(np.intp))
-            if node.bound > search.target:
-                search.closed = max(search.closed, node.bound)
+            search.closed = max(search.closed, node.bound)
             search.finish(node)
         else:
             search.push(node)
 
 
-def _try_point(search: Search, outcome: Feasibility, phases: Tensor) -> tuple[np.ndarray, np.ndarray] | None:
+def _flat(search: Search, leaves: list[Leaf], decisions: Tensor, ranges: Ranges, reduced: Reduced, i: int, part: int) -> bool:
+    """Whether region i is proved to have no interior; it is a leaf then."""
+    weights = flat_weights(search.form, ranges, reduced, i, part)
+    if weights is not None:
+        search.flat += 1
+        leaves.append(Leaf(decisions.to(torch.int8), part=part, flat=weights))
+    return weights is not None
+
+
+def _try_point(search: Search, outcome: Feasibility, phases: Tensor) -> Known:
     """Use a point of the relaxation: its true region may improve the incumbent, and may lie in the node."""
     task = search.task
     x: np.ndarray = outcome.point
-    if task.query.domain is None:
-        if x[-1] <= 1e-12:
-            return None
-        x = x[:-1] / x[-1]
-    else:
+    if search.form.directions:
+        if len(x) > task.form.inputs:
+            if x[-1] <= 1e-12:
+                return None
+            x = x[:-1] / x[-1]
+    elif task.query.domain is not None:
         x = task.query.domain.project(torch.from_numpy(x)).numpy()
         outcome = replace(outcome, point=x)
     pattern = pattern_at(search.form, outcome.point)
@@ -263,114 +358,35 @@ def _refuted(form: PhaseForm, ranges: Ranges, found: list[Feasibility | None]) -
     if asked:
         which = torch.tensor(asked)
         farkas = torch.stack([found[i].farkas for i in asked])  # type: ignore[union-attr,misc]
-        result[which] = refutes(form, _take(ranges, which), farkas)
+        result[which] = refutes(form, ranges.pick(which), farkas)
     return result
 
 
-def _bounds(search: Search, ranges: Ranges, reduced: Reduced, t: Tensor, rho: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Bound, multipliers and neuron to branch on for each node."""
-    form, norm = search.form, search.task.query.norm
-    n = form.neurons
-    if norm != (2.0, 2.0):
-        width = (ranges.upper - ranges.lower).clamp_max(1e300) * reduced.free
-        first = torch.zeros(n)
-        first[form.layers[0]] = 1.0
-        # Early neurons first: what they decide decides the ranges of the later ones.
-        score = torch.where(reduced.free, 1.0 + width / (1 + width) + first, torch.zeros(()))
-        branch = torch.where(reduced.free.any(1), score.argmax(1), -1)
-        return interval_norms(form, reduced, norm), torch.ones_like(t), branch
-    index, present, q, _, y, _ = compact(reduced, form.tangent)
-    f = index.shape[1]
-    count = len(index)
-    # Where nothing is free the Jacobian is known: its norm, not what the solver reached.
-    exact = torch.linalg.matrix_norm(y[:, :, f:], 2)
-    if f == 0:
-        return exact, torch.ones_like(t), torch.full((count,), -1)
-    m, d = y.shape[1], q.shape[2] - f
-    transposed = m < d
-    old = torch.where(present, t.gather(1, index), torch.ones_like(index, dtype=torch.float64))
-    if transposed:
-        a, b, c, direct = q[:, :, f:], q[:, :, :f], y[:, :, :f], y[:, :, f:]
-        flip = torch.arange(f - 1, -1, -1)
-        q_t = torch.cat([b.mT, c.mT], 2)
-        out = torch.cat([a.mT, direct.mT], 2)
-        order = torch.cat([flip, torch.arange(f, f + m)])
-        q_t, out = q_t[:, flip][:, :, order], out[:, :, order]
-        batch = batched.Batch(q_t, out.mT @ out, present[:, flip])
-        old = (rho[:, None] / old)[:, flip]
-    else:
-        batch = batched.Batch(q, y.mT @ y, present)
-    if bool(rho.isnan().any()):
-        t0, rho0 = batched.cold(batch)
-    else:
-        t0, rho0 = batched.start(batch, old, rho)
-    solved = batched.solve(batch, t0, rho0, search.target**2, _ITERATIONS if len(search.heap) else 40)
-    t_small, ratio, weight = solved.t, solved.ratio, solved.weight
-    # Early layers first: once they are decided the later ones are affine in the input, and the linear program is exact.
-    # Measured on 4-16-16-3: 3659 nodes where the plain score took 5971.
-    depth = torch.cat([torch.full((here.stop - here.start,), float(k)) for k, here in enumerate(form.layers)])[index]
-    score = t_small * weight * ratio * (1 - ratio)
-    if transposed:
-        t_small = (solved.rho[:, None] / t_small)[:, flip]
-        score = score[:, flip]
-    score = 1 / (1 + depth) + score / score.amax(1, keepdim=True).clamp_min(1e-300) * 1e-3
-    multipliers = torch.ones_like(t).scatter(1, index, torch.where(present, t_small, torch.ones_like(t_small)))
-    spread = torch.full_like(t, -1.0).scatter(1, index, torch.where(present, score, torch.full_like(score, -1.0)))
-    branch = torch.where(present.any(1), spread.argmax(1), -1)
-    # The parent's multipliers are no evidence here: relaxed ranges are not monotone, and a neuron whose phase followed
-    # in the parent may be free again. The child's own bound stands even where it is the larger.
-    return torch.where(present.any(1), solved.rho.clamp_min(0).sqrt(), exact), multipliers, branch
-
-
-def _conclude(search: Search, status: Status) -> Enclosure:
+def _conclude(search: Search, status: Status, value: float, leaves: tuple[Leaf, ...], gap: float) -> Enclosure:
     task = search.task
-    leaves = [*search.leaves, *(node.leaf for _, _, node in search.heap)]
-    value = max(search.upper, task.lower)
-    evidence = Partition(tuple(leaves), value)
-    query = task.query
-    proposed = Certificate(value, "upper", query.norm, query.domain, task.network.digest, "branch-and-bound", evidence)
     searched = time.monotonic() - task.started
-    upper = replace(verify(task.network, proposed), seconds=searched)
+    upper = replace(_certified(search, max(value, task.lower, _SMALLEST), leaves), seconds=searched)
     details: dict[str, float | int | str] = {
-        "nodes": search.nodes, "leaves": len(leaves), "refuted": search.refuted, "search_seconds": searched
+        "nodes": search.nodes, "leaves": len(leaves), "refuted": search.refuted, "flat": search.flat, "search_seconds": searched
     }  # fmt: skip
-    degenerate = search.closed if search.closed > search.target else None
+    degenerate = search.closed if search.closed > task.lower * (1 + gap / 2) else None
     if status == "closed" and degenerate is not None:
         task.notes.append(f"A region without interior attains {degenerate:.9g}: the bound is that of closed regions.")
-        status = "gap reached" if upper.value > task.lower * (1 + 2 * search.gap) else status
+        status = "gap reached" if upper.value > task.lower * (1 + 2 * gap) else status
     return task.enclosure(upper, status, "branch-and-bound", closed_region=degenerate, details=details)
 
 
-def _memory_share() -> float:
-    total = _TOTAL_MEMORY
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / total if total else 0.0
-
-
-def _total_memory() -> int:
-    import os
-
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return 0
-
-
-_TOTAL_MEMORY = _total_memory()
-
-
-def _take(ranges: Ranges, which: Tensor) -> Ranges:
-    return Ranges(
-        ranges.lower[which],
-        ranges.upper[which],
-        ranges.empty[which],
-        ranges.phases[which],
-        ranges.x_lower[which],
-        ranges.x_upper[which],
+def _certified(search: Search, value: float, leaves: tuple[Leaf, ...]) -> Certificate:
+    """The leaves' certificate; where their bound drowns in rounding, as for a constant function, at a larger value."""
+    task, query, form = search.task, search.task.query, search.form
+    scale = float((form.y.abs().sum() + 1) * (torch.linalg.matrix_norm(form.q) + 1) ** len(form.layers))
+    *claims, last = value, value * (1 + 1e-6) + 1e-14 * scale, value * (1 + 1e-3) + 1e-9 * scale
+    certificate = Certificate(
+        last, "upper", query.norm, query.domain, task.network.digest, "branch-and-bound", Partition(leaves, last)
     )
-
-
-def _take_reduced(reduced: Reduced, which: Tensor) -> Reduced:
-    return Reduced(
-        reduced.p[which], reduced.y[which], reduced.p_mass[which], reduced.y_mass[which], reduced.height[which],
-        reduced.free[which], reduced.alpha[which], reduced.width[which], reduced.error,
-    )  # fmt: skip
+    for claim in claims:
+        try:
+            return verify(task.network, replace(certificate, value=claim, evidence=Partition(leaves, claim)))
+        except NotCertified as error:
+            _LOGGER.info("%s", error)
+    return verify(task.network, certificate)

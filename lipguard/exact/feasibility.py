@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lipguard.solvers import highs
-from lipguard.verify.phases import Lines, PhaseForm, Ranges, piece_ends
+from lipguard.verify.phase_form import PhaseForm
+from lipguard.verify.phases import Lines, Ranges, piece_ends
 from lipguard.verify.substitution import Reduced
 
 _MARGIN = 1e-9
@@ -105,12 +106,12 @@ class _Relaxation:
         objective[-1] = 1.0
         span = 1e6 + np.abs(high[free]) + np.abs(low[free])
         x_low, x_high = self.x_low[k], self.x_high[k]
-        point, margin = (x_low + x_high) / 2, 1.0
+        point, margin, duals = (x_low + x_high) / 2, 1.0, np.zeros(0)
         for _ in range(_CUTS):
             result = highs.maximise(objective, matrix, bound, np.r_[x_low, -span, -np.inf], np.r_[x_high, span, 1.0])
             if not result.optimal:
                 return Feasibility(point, 1.0, None)
-            point, margin = result.x[:d], float(result.x[-1])
+            point, margin, duals = result.x[:d], float(result.x[-1]), np.maximum(result.duals, 0)
             cut = _cut(form, point)
             if margin <= -_MARGIN or cut is None:
                 break
@@ -120,10 +121,10 @@ class _Relaxation:
             return Feasibility(point, margin, None)
         farkas = np.zeros(n)
         a, b = len(below), len(below) + len(above)
-        np.add.at(farkas, below, np.maximum(result.duals[:a], 0))
-        np.add.at(farkas, above, -np.maximum(result.duals[a:b], 0))
+        np.add.at(farkas, below, duals[:a])
+        np.add.at(farkas, above, -duals[a:b])
         if len(free):
-            weights = np.maximum(result.duals[b:demands], 0).reshape(-1, len(free))
+            weights = duals[b:demands].reshape(-1, len(free))
             slopes = np.stack([slope[k, free] for _, slope, _ in self.lines])
             total = weights.sum(0)
             farkas[free] = np.where(total > 0, (weights * slopes).sum(0) / np.where(total > 0, total, 1.0), slopes[0])

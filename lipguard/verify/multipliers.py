@@ -12,8 +12,10 @@ Where all alpha are 0 and D is 0, the input block is rho I and is eliminated exa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,15 +42,44 @@ class Enclosed:
         return self.center.abs() if self.radius is None else (self.center.abs() + self.radius) * (1 + 2.0**-52)
 
 
-@dataclass(frozen=True)
-class Form:
-    """The feedback form with rounding radii: Q = [B A] is (n, n + d), Y = [C D] is (m, n + d)."""
+class Block(NamedTuple):
+    """A block of Q or Y at its place."""
 
-    q: Enclosed
-    y: Enclosed
+    rows: slice
+    columns: slice
+    matrix: Enclosed
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """The feedback form with rounding radii: Q = [B A] is (n, n + d), Y = [C D] is (m, n + d), both as blocks."""
+
+    q_blocks: tuple[Block, ...]
+    y_blocks: tuple[Block, ...]
     neurons: int
+    inputs: int
+    outputs: int
     alpha: Tensor
     beta: Tensor
+
+    @cached_property
+    def q(self) -> Enclosed:
+        """Q as one matrix."""
+        return self._dense(self.q_blocks, self.neurons)
+
+    @cached_property
+    def y(self) -> Enclosed:
+        """Y as one matrix."""
+        return self._dense(self.y_blocks, self.outputs)
+
+    def _dense(self, blocks: tuple[Block, ...], height: int) -> Enclosed:
+        center = torch.zeros(height, self.neurons + self.inputs, dtype=torch.float64, device=self.alpha.device)
+        radius = None if all(block.matrix.radius is None for block in blocks) else torch.zeros_like(center)
+        for rows, columns, matrix in blocks:
+            center[rows, columns] = matrix.center
+            if radius is not None and matrix.radius is not None:
+                radius[rows, columns] = matrix.radius
+        return Enclosed(center, radius)
 
 
 def check_multipliers(network: Network, evidence: Multipliers, norm: tuple[float, float]) -> float:
@@ -84,16 +115,14 @@ def prover(form: Form, t: Tensor) -> Callable[[float], bool]:
     if n == 0:
         bound = frobenius_bound(form.y.magnitude())
         return lambda rho: rho >= up(bound * bound) or _linear(form, rho)
-    direct = form.y.center[:, n:]
-    eliminates = (
-        not bool(form.alpha.any()) and not bool(direct.any()) and (form.y.radius is None or not bool(form.y.radius[:, n:].any()))
-    )
+    direct = any(columns.start >= n and bool(matrix.magnitude().any()) for _, columns, matrix in form.y_blocks)
+    eliminates = not direct and not bool(form.alpha.any())
     return _reduced(form, t) if eliminates else _full(form, t)
 
 
 def _linear(form: Form, rho: float) -> bool:
     """rho I - D'D >= 0, for a network without neurons."""
-    none = torch.zeros(0, dtype=torch.float64, device=form.y.center.device)
+    none = torch.zeros(0, dtype=torch.float64, device=form.alpha.device)
     return _full(form, none)(rho)
 
 
@@ -104,52 +133,86 @@ def _reduced(form: Form, t: Tensor) -> Callable[[float], bool]:
     2T - T diag(beta) B - B' diag(beta) T - C'C - (T diag(beta) A)(...)'/ rho.
     """
     n = form.neurons
-    b = Enclosed(form.q.center[:, :n], None if form.q.radius is None else form.q.radius[:, :n])
-    a = Enclosed(form.q.center[:, n:], None if form.q.radius is None else form.q.radius[:, n:])
-    seen = a.center.any(1) if a.radius is None else a.center.any(1) | a.radius.any(1)
-    rows = seen.nonzero()[:, 0].tolist()
-    # Only the rows that see the input; commonly the first layer, which needs no copy.
-    span = slice(rows[0], rows[-1] + 1) if rows else slice(0, 0)
-    a = Enclosed(a.center[span], None if a.radius is None else a.radius[span])
-    c = Enclosed(form.y.center[:, :n], None if form.y.radius is None else form.y.radius[:, :n])
+    b = [block for block in form.q_blocks if block.columns.start < n]
+    c = [block for block in form.y_blocks if block.columns.start < n]
+    span, a = _input_rows(form)
     tb = t * form.beta
     ta = tb[span]
-    coupling = tb[:, None] * b.center
-    fixed = torch.zeros_like(coupling).addmm_(c.center.T, c.center, alpha=-1)
-    fixed.sub_(coupling).sub_(coupling.T).diagonal().add_(2 * t)
+    fixed = torch.zeros(n, n, dtype=torch.float64, device=t.device)
+    for rows, columns, matrix in b:
+        coupling = tb[rows, None] * matrix.center
+        fixed[rows, columns] -= coupling
+        fixed[columns, rows] -= coupling.T
+    for _, i, left in c:
+        for _, j, right in c:
+            fixed[i, j] -= left.center.T @ right.center
+    fixed.diagonal().add_(2 * t)
+    kept = fixed[span, span].clone()
     gram = a.center @ a.center.T
     # Cauchy-Schwarz: sum_k |a_ik| |a_jk| <= ||a_i|| ||a_j||, with ||a_i||^2 on the diagonal of A A'.
-    abs_b = b.magnitude()
-    norm_a, norm_c = _row_norms(a, gram.diagonal()), _row_norms(Enclosed(c.center.T, None if c.radius is None else c.radius.T))
-    abs_a, abs_c = (None if e.radius is None else e.magnitude() for e in (a, c))
+    norm_a, norm_c = _row_norms(a, gram.diagonal()), torch.zeros_like(t)
+    for _, columns, matrix in c:
+        norm_c[columns] = _row_norms(Enclosed(matrix.center.T, None if matrix.radius is None else matrix.radius.T))
+    abs_a = None if a.radius is None else a.magnitude()
+    abs_b, radius_b = _magnitudes(b), _radii(b)
+    abs_c, radius_c = (_magnitudes(c), _radii(c)) if _radii(c) else ([], [])
     gram.mul_(ta[:, None]).mul_(ta)
     # Every entry of R is a sum of at most six terms, each with at most max(d, m) + 6 roundings.
-    count = max(a.center.shape[1], c.center.shape[0]) + 16
+    count = max(form.inputs, form.outputs) + 16
     error = gamma(count)
     top = 1 + float(t.sum()) + float(tb.sum())
 
     def prove(rho: float) -> bool:
-        matrix = fixed.clone()
-        matrix[span, span].sub_(gram, alpha=1 / rho)
+        fixed[span, span] = torch.sub(kept, gram, alpha=1 / rho)
 
         def radius(v: Tensor) -> Tensor:
-            va = ta * v[span]
-            mass = 2 * t * v + tb * (abs_b @ v) + abs_b.T @ (tb * v) + norm_c * (norm_c @ v)
+            va, vb = ta * v[span], tb * v
+            mass = 2 * t * v + tb * _apply(abs_b, v, n) + _apply_transposed(abs_b, vb, n) + norm_c * (norm_c @ v)
             mass[span] += ta * norm_a * (norm_a @ va) / rho
-            total = error * mass
-            if b.radius is not None:
-                total += tb * (b.radius @ v) + b.radius.T @ (tb * v)
-            if abs_c is not None:
-                total += _square_radius(c, abs_c, v)
+            total = error * mass + tb * _apply(radius_b, v, n) + _apply_transposed(radius_b, vb, n)
+            m = form.outputs
+            total += _apply_transposed(radius_c, _apply(abs_c, v, m), n) + _apply_transposed(abs_c, _apply(radius_c, v, m), n)
             if a.radius is not None and abs_a is not None:
                 total[span] += ta * _square_radius(Enclosed(a.center.T, a.radius.T), abs_a.T, va) / rho
             # Products below the normal range lose less than TINY each, before they are multiplied by t, t^2 / rho or 1 / rho.
             lost = count * TINY * (top + top * top / rho)
             return total * (1 + 8 * gamma(v.numel() + count)) + lost * v.sum()
 
-        return proves_positive_definite(matrix, radius)
+        return proves_positive_definite(fixed, radius)
 
     return prove
+
+
+def _input_rows(form: Form) -> tuple[slice, Enclosed]:
+    """The rows of A from the first to the last that sees the input; commonly one layer's, which is not copied."""
+    seeing = [block for block in form.q_blocks if block.columns.start >= form.neurons]
+    if len(seeing) == 1:
+        return seeing[0].rows, seeing[0].matrix
+    span = slice(min((block.rows.start for block in seeing), default=0), max((block.rows.stop for block in seeing), default=0))
+    n, radius = form.neurons, form.q.radius
+    return span, Enclosed(form.q.center[span, n:], None if radius is None else radius[span, n:])
+
+
+Placed = list[tuple[slice, slice, Tensor]]
+
+
+def _magnitudes(blocks: list[Block]) -> Placed:
+    return [(rows, columns, matrix.magnitude()) for rows, columns, matrix in blocks]
+
+
+def _radii(blocks: list[Block]) -> Placed:
+    return [(rows, columns, matrix.radius) for rows, columns, matrix in blocks if matrix.radius is not None]
+
+
+def _apply(blocks: Placed, v: Tensor, size: int) -> Tensor:
+    out = v.new_zeros(size)
+    for rows, columns, matrix in blocks:
+        out[rows] += matrix @ v[columns]
+    return out
+
+
+def _apply_transposed(blocks: Placed, v: Tensor, size: int) -> Tensor:
+    return _apply([(columns, rows, matrix.T) for rows, columns, matrix in blocks], v, size)
 
 
 def _row_norms(e: Enclosed, squares: Tensor | None = None) -> Tensor:
@@ -222,7 +285,6 @@ def feedback_form(network: Network) -> Form:
     for k in range(len(position)):
         offset[k], n = n, n + size[k]
     offset[-1] = n
-    columns = n + network.inputs
     combos: list[dict[int, Enclosed | None]] = []
     for i, node in enumerate(network.nodes):
         match node:
@@ -235,32 +297,24 @@ def feedback_form(network: Network) -> Form:
             case Sum():
                 combos.append(_add([combos[s] for s in node.sources], size, network.device))
 
-    def place(rows: list[tuple[int, dict[int, Enclosed | None]]], height: int) -> Enclosed:
-        center = torch.zeros(height, columns, dtype=torch.float64, device=network.device)
-        radius: Tensor | None = None
-        for start, combo in rows:
-            for s, e in combo.items():
-                block = _explicit(e, size[s], network.device)
-                where = (slice(start, start + block.center.shape[0]), slice(offset[s], offset[s] + size[s]))
-                center[where] = block.center
-                if block.radius is not None:
-                    radius = torch.zeros_like(center) if radius is None else radius
-                    radius[where] = block.radius
-        return Enclosed(center, radius)
+    def place(start: int, combo: dict[int, Enclosed | None]) -> Iterator[Block]:
+        for s, e in combo.items():
+            matrix = _explicit(e, size[s], network.device)
+            yield Block(slice(start, start + matrix.center.shape[0]), slice(offset[s], offset[s] + size[s]), matrix)
 
-    rows, alphas, betas = [], [], []
+    blocks: list[Block] = []
+    alphas, betas = [], []
     for i, k in position.items():
         node = network.nodes[i]
         assert isinstance(node, Activation)
-        rows.append((offset[k], combos[node.source]))
+        blocks += place(offset[k], combos[node.source])
         alpha, beta = (s.to(network.device, torch.float64).expand(size[k]) for s in node.function.slopes)
         thin = (beta - alpha) < _THINNEST
         alphas.append(torch.where(thin, alpha - _THINNEST / 2, alpha))
         betas.append(torch.where(thin, beta + _THINNEST / 2, beta))
     empty = torch.zeros(0, dtype=torch.float64, device=network.device)
-    return Form(
-        place(rows, n), place([(0, combos[-1])], network.outputs), n, torch.cat([empty, *alphas]), torch.cat([empty, *betas])
-    )
+    slopes = torch.cat([empty, *alphas]), torch.cat([empty, *betas])
+    return Form(tuple(blocks), tuple(place(0, combos[-1])), n, network.inputs, network.outputs, *slopes)
 
 
 def _compose(operator: Operator, e: Enclosed | None) -> Enclosed:

@@ -11,7 +11,9 @@ from lipguard.certificate import Domain, Leaf, Partition
 from lipguard.errors import NotCertified
 from lipguard.network import Network
 from lipguard.rounding import gamma, prove_positive_definite, up
-from lipguard.verify.phases import PhaseForm, Ranges, phase_form, propagate, refutes
+from lipguard.verify.flat import is_flat
+from lipguard.verify.phase_form import PhaseForm, phase_form
+from lipguard.verify.phases import propagate, refutes
 from lipguard.verify.substitution import Reduced, compact, reduce
 
 _CHUNK = 256
@@ -21,13 +23,17 @@ def check_partition(network: Network, evidence: Partition, norm: tuple[float, fl
     """The largest of the leaves' provable bounds, at or just above the claimed value.
 
     Raises:
-        NotCertified: the leaves leave a gap, a region claimed empty is not refuted, or a bound is not provable
-            within 1e-6 of the claim.
+        NotCertified: the leaves leave a gap, a region claimed empty or without interior is not proved to be so, or a
+            bound is not provable within 1e-6 of the claim.
     """
     form = phase_form(network, domain)
     leaves = evidence.leaves
     if not leaves or any(leaf.phases.numel() != form.neurons for leaf in leaves):
         raise NotCertified("the partition has no leaves, or phases for another number of neurons.")
+    if any(v is not None and v.shape != (form.neurons,) for leaf in leaves for v in (leaf.t, leaf.farkas, leaf.flat)):
+        raise NotCertified("a leaf has multipliers for another number of neurons.")
+    if any(leaf.part not in range(len(form.lower)) for leaf in leaves):
+        raise NotCertified("a leaf lies in no part of the domain.")
     phases, parts = torch.stack([leaf.phases for leaf in leaves]).long(), torch.tensor([leaf.part for leaf in leaves])
     if not all(covers(phases[parts == part], len(form.pieces)) for part in range(len(form.lower))):
         raise NotCertified("the leaves do not cover every phase of every neuron.")
@@ -71,13 +77,18 @@ def _chunk(form: PhaseForm, leaves: tuple[Leaf, ...], claim: float, norm: tuple[
     refuted = ranges.empty.clone()
     asked = claimed & ~refuted
     if bool(asked.any()):
-        refuted[asked] |= refutes(form, _select(ranges, asked), farkas[asked])
+        refuted[asked] |= refutes(form, ranges.pick(asked), farkas[asked])
     if bool((claimed & ~refuted).any()):
         raise NotCertified("a region claimed empty is not refuted by its multipliers.")
+    for i, leaf in enumerate(leaves):
+        if leaf.flat is not None and not refuted[i]:
+            if not is_flat(form, ranges.phases[i], leaf.flat.to(torch.float64), leaf.part):
+                raise NotCertified("a region claimed to have no interior is not proved to have none.")
+            refuted[i] = True
     alive = ~refuted
     if not bool(alive.any()):
         return 0.0
-    reduced = reduce(form, _select(ranges, alive))
+    reduced = reduce(form, ranges.pick(alive))
     if norm != (2.0, 2.0):
         return float(interval_norms(form, reduced, norm).max())
     ones = torch.ones(n, dtype=torch.float64)
@@ -89,7 +100,7 @@ def _chunk(form: PhaseForm, leaves: tuple[Leaf, ...], claim: float, norm: tuple[
     inflation = 1e-13
     while len(left):
         value = up(claim * (1 + inflation))
-        proved = _semidefinite(form, _pick_leaves(reduced, left), t[left], value)
+        proved = semidefinite(form, reduced.pick(left), t[left], value)
         left = left[~proved]
         inflation *= 4
         if inflation > 1e-6:
@@ -97,7 +108,7 @@ def _chunk(form: PhaseForm, leaves: tuple[Leaf, ...], claim: float, norm: tuple[
     return value
 
 
-def _semidefinite(form: PhaseForm, reduced: Reduced, t: Tensor, value: float) -> Tensor:
+def semidefinite(form: PhaseForm, reduced: Reduced, t: Tensor, value: float) -> Tensor:
     """Whether value^2 E + 2T - TQ - Q'T - Y'Y >= 0 over (u, x) is proved, leaf by leaf."""
     index, present, q, q_mass, y, y_mass = compact(reduced, form.tangent)
     f, total = index.shape[1], q.shape[2] if index.shape[1] else y.shape[2]
@@ -172,21 +183,3 @@ def jacobian_magnitude(form: PhaseForm, reduced: Reduced) -> Tensor:
         center[:, here], radius[:, here] = rows(reduced.p[:, here], reduced.p_mass[:, here], index)
     mid, rad = rows(reduced.y, reduced.y_mass, len(form.layers))
     return (mid.abs() + rad) * (1 + 64 * form.error)
-
-
-def _select(ranges: Ranges, which: Tensor) -> Ranges:
-    return Ranges(
-        ranges.lower[which],
-        ranges.upper[which],
-        ranges.empty[which],
-        ranges.phases[which],
-        ranges.x_lower[which],
-        ranges.x_upper[which],
-    )
-
-
-def _pick_leaves(reduced: Reduced, which: Tensor) -> Reduced:
-    return Reduced(
-        reduced.p[which], reduced.y[which], reduced.p_mass[which], reduced.y_mass[which], reduced.height[which],
-        reduced.free[which], reduced.alpha[which], reduced.width[which], reduced.error,
-    )  # fmt: skip

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lipguard.verify.phases import PhaseForm, Ranges, pick, slope_ends
+from lipguard.verify.phase_form import PhaseForm
+from lipguard.verify.phases import Ranges, pick, slope_ends
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,11 @@ class Reduced:
     alpha: Tensor
     width: Tensor
     error: float
+
+    def pick(self, which: Tensor) -> Reduced:
+        """The chosen networks."""
+        fields = (self.p, self.y, self.p_mass, self.y_mass, self.height, self.free, self.alpha, self.width)
+        return Reduced(*(f[which] for f in fields), error=self.error)
 
 
 def reduce(form: PhaseForm, ranges: Ranges) -> Reduced:
