@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import contract
@@ -21,9 +22,7 @@ NORMS = [(name, norm) for name, known in ZOO.items() for norm in known.constants
 
 def relus(sizes, seed, activation=nn.ReLU):
     generator = torch.Generator().manual_seed(seed)
-    weights = [
-        torch.randn(b, a, generator=generator, dtype=torch.float64) / a**0.5 for a, b in zip(sizes, sizes[1:], strict=False)
-    ]
+    weights = [torch.randn(b, a, generator=generator, dtype=torch.float64) / a**0.5 for a, b in itertools.pairwise(sizes)]
     biases = [torch.randn(b, generator=generator, dtype=torch.float64) for b in sizes[1:]]
     return chain(*weights, activation=activation, biases=biases)
 

@@ -6,6 +6,7 @@ Every comparison runs in one process, on one BLAS thread. Figures are printed; t
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
 import time
 
@@ -32,7 +33,7 @@ def random_net(*sizes: int, seed: int = 0) -> nn.Sequential:
     """PyTorch's own initialisation, in float64."""
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in itertools.pairwise(sizes):
         layers += [nn.Linear(a, b, dtype=torch.float64), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -134,10 +135,9 @@ def test_784_256_256_10(benchmark, kind):
     seconds = min(benchmark.stats.stats.data)
     certificate = lg.bound(model, example, solver="interior-point", tol=1e-4)
     optimum = lg.bound(model, example, solver="interior-point", tol=1e-8).value
-    print(
-        f"\n784-256-256-10 {kind}: {seconds:.3f} s = {seconds / unit:.0f} products of {1e3 * unit:.1f} ms; {certificate.value:.6f}, "
-        f"{certificate.value / optimum - 1:.1e} above the optimum, gap {certificate.details['gap']:.1e}"
-    )
+    excess, gap = certificate.value / optimum - 1, certificate.details["gap"]
+    print(f"\n784-256-256-10 {kind}: {seconds:.3f} s = {seconds / unit:.0f} products of {1e3 * unit:.1f} ms; ", end="")
+    print(f"{certificate.value:.6f}, {excess:.1e} above the optimum, gap {gap:.1e}")
     assert certificate.rigor == "verified"
     assert certificate.value <= optimum * (1 + 1e-4)
     assert seconds <= 300 * unit
@@ -219,16 +219,14 @@ def test_the_monitors_share(benchmark, tmp_path):
     module, times, clock, state = runs[0]
     spent = [v["lipschitz/seconds"] for v in clock.values]
     share = sum(spent[1:]) / (times[-1] - times[1])
-    print(
-        f"\nmonitor: {[round(1e3 * s) for s in spent]} ms; {times[-1] - times[1]:.2f} s from the second epoch; share {100 * share:.2f} %"
-    )
+    measured = [round(1e3 * seconds) for seconds in spent]
+    print(f"\nmonitor: {measured} ms; {times[-1] - times[1]:.2f} s from the second epoch; share {100 * share:.2f} %")
     excesses = []
     for model, values in zip(clock.models, clock.values, strict=True):
+        upper, lower = values["lipschitz/upper"], values["lipschitz/lower"]
         optimum = lg.bound(model, torch.zeros(1, 784), solver="interior-point", tol=1e-5).value
-        excesses.append(values["lipschitz/upper"] / optimum - 1)
-        print(
-            f"  upper {values['lipschitz/upper']:.4f}, lower {values['lipschitz/lower']:.4f}, optimum {optimum:.4f}: {100 * excesses[-1]:+.2f} %"
-        )
+        excesses.append(upper / optimum - 1)
+        print(f"  upper {upper:.4f}, lower {lower:.4f}, optimum {optimum:.4f}: {100 * excesses[-1]:+.2f} %")
     plain, _, _ = fit(None, 5, 470, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), module.parameters(), strict=True))
     assert torch.equal(torch.get_rng_state(), state)
