@@ -76,7 +76,8 @@ class FirstOrder:
                 or (len(values) > 10 and values[-11] - values[-1] < self.tol)
             )
 
-        return lbfgs(lambda x: smoothed(program, x, p), x, self.memory, ends)
+        # Far from the optimum plain steps, beside it preconditioned ones.
+        return lbfgs(lambda x: smoothed(program, x, p), x, self.memory, ends, preconditioned=p > _STAGES[0])
 
 
 def least_rho(program: SlopeProgram, t: Tensor) -> float:
