@@ -121,11 +121,13 @@ def start(batch: Batch, t: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
     """Strictly feasible (t, rho) from a parent's, which lost nothing by the fixing of neurons; repaired where it did."""
     t = torch.where(batch.present, t, torch.ones_like(t))
     rho = rho * 1.05
+    left = torch.arange(len(rho))
     for _ in range(60):
-        bad = ~_definite(batch.linear(rho, t) - batch.c0)
-        if not bool(bad.any()):
+        some = batch if len(left) == len(rho) else batch.pick(left)
+        left = left[~_definite(some.linear(rho[left], t[left]) - some.c0)]
+        if not len(left):
             break
-        rho = torch.where(bad, rho * 1.5, rho)
+        rho[left] *= 1.5
     return t, rho
 
 

@@ -29,6 +29,7 @@ from lipguard.exact.flatness import THIN, flat_weights
 from lipguard.exact.memory import memory_share
 from lipguard.exact.node_bounds import Effort, node_bounds
 from lipguard.exact.problem import Problem, problem
+from lipguard.exact.settling import Refuted, settle
 from lipguard.network import Network
 from lipguard.solvers.threads import one_thread
 from lipguard.verify import verify
@@ -87,6 +88,10 @@ class Node:
     def leaf(self) -> Leaf:
         """The node as evidence."""
         return Leaf(self.decisions.to(torch.int8), self.t, part=self.part)
+
+
+Child = tuple[Node, Tensor, Known]
+"""A parent, its child's decisions, and a point of the child if one is known."""
 
 
 @dataclass(eq=False)
@@ -218,7 +223,7 @@ def _expand(search: Search) -> None:
     """Branch the nodes of largest bounds and evaluate their children as one batch."""
     started = time.monotonic()
     parents: list[Node] = []
-    children: list[tuple[Node, Tensor, Known]] = []
+    children: list[Child] = []
     try:
         # Interrupted anywhere, a node may be kept twice but is never lost.
         while search.heap and len(parents) < search.batch:
@@ -228,14 +233,15 @@ def _expand(search: Search) -> None:
             else:
                 parents.append(node)
             heapq.heappop(search.heap)
-        for node in parents:
+        divided, leaves = _settle(search, parents, children)
+        for node in divided:
             for piece in range(len(search.form.pieces)):
                 child = node.decisions.clone()
                 child[node.branch] = piece
                 own = node.pattern is not None and int(node.pattern[node.branch]) == piece
                 children.append((node, child, node.known if own else None))
         if parents:
-            _evaluate(search, *_columns(children))
+            _evaluate(search, *_columns(children), leaves)
             each = (time.monotonic() - started) / len(parents)
             search.batch = max(1, min(_BATCH, int(_BATCH_SECONDS / each)))
     except KeyboardInterrupt:
@@ -244,7 +250,48 @@ def _expand(search: Search) -> None:
         raise
 
 
-def _columns(children: list[tuple[Node, Tensor, Known]]) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Known]]:
+def _settle(search: Search, parents: list[Node], children: list[Child]) -> tuple[list[Node], list[Leaf]]:
+    """Decide neurons that do not divide their node: those nodes become children with more decisions.
+
+    Returns:
+        The nodes still to be divided, and leaves for what was refuted.
+    """
+    form = search.form
+    divided = [node for node in parents if node.pattern is None or node.branch < form.layers[0].stop]
+    asked = [node for node in parents if node.pattern is not None and node.branch >= form.layers[0].stop]
+    leaves: list[Leaf] = []
+    if not asked:
+        return divided, leaves
+    ranges = propagate(form, torch.stack([node.decisions for node in asked]), torch.tensor([node.part for node in asked]))
+    reduced = reduce(form, ranges)
+    found = [(k, item) for k, node in enumerate(asked) for item in settle(form, ranges, reduced, k, node.known[1])]
+    sure: list[list[Refuted]] = [[] for _ in asked]
+    if found:
+        rows = ranges.pick(torch.tensor([k for k, _ in found]))
+        for row, (_, (neuron, piece, _)) in enumerate(found):
+            rows.phases[row, neuron] = piece
+        proved = refutes(form, rows, torch.stack([farkas for _, (_, _, farkas) in found])).tolist()
+        doubtful = {(k, neuron) for (k, (neuron, _, _)), ok in zip(found, proved, strict=True) if not ok}
+        for k, item in found:
+            if (k, item[0]) not in doubtful:
+                sure[k].append(item)
+    for node, items in zip(asked, sure, strict=True):
+        decisions = node.decisions.clone()
+        for neuron in dict.fromkeys(neuron for neuron, _, _ in items):
+            for _, piece, farkas in (item for item in items if item[0] == neuron):
+                leaf = decisions.clone()
+                leaf[neuron] = piece
+                leaves.append(Leaf(leaf.to(torch.int8), empty=True, farkas=farkas, part=node.part))
+            decisions[neuron] = int(node.known[1][neuron])
+        if items:
+            children.append((node, decisions, node.known))
+        else:
+            divided.append(node)
+    search.refuted += len(leaves)
+    return divided, leaves
+
+
+def _columns(children: list[Child]) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Known]]:
     """Decisions, parts, multipliers, squared bounds and points of (parent, decisions, point)."""
     parents, decisions, points = zip(*children, strict=True)
     bounds = torch.tensor([node.bound for node in parents], dtype=torch.float64)
@@ -259,13 +306,15 @@ def _evaluate(
     t: Tensor,
     rho: Tensor,
     points: list[Known],
+    settled: list[Leaf] | None = None,
 ) -> None:
     """Bound new nodes; nothing is added to the search before all of it succeeded."""
     form, task = search.form, search.task
     ranges = propagate(form, decisions, parts)
     empty = ranges.empty.tolist()
     search.nodes += len(decisions)
-    leaves = [Leaf(decisions[i].to(torch.int8), empty=True, part=int(parts[i])) for i in range(len(decisions)) if empty[i]]
+    leaves = list(settled or [])
+    leaves += [Leaf(decisions[i].to(torch.int8), empty=True, part=int(parts[i])) for i in range(len(decisions)) if empty[i]]
     alive = (~ranges.empty).nonzero()[:, 0]
     nodes: list[Node] = []
     if len(alive):
