@@ -185,7 +185,9 @@ def solve(batch: Batch, t: Tensor, rho: Tensor, cutoff: Tensor | float, iteratio
         best_t[live], best_rho[live] = t, rho
         ratio[live], weight[live] = _scores(batch, y)
         gap = rho - value
-        over = (rho <= cut[live]) | (feasible & (value > cut[live])) | (feasible & (gap <= tol * rho))
+        # The dual value exceeds the cut-off even if its residual is held against it: the program cannot end below.
+        hopeless = (value - 2 * slack > cut[live]) | (feasible & (value > cut[live]))
+        over = (rho <= cut[live]) | hopeless | (feasible & (gap <= tol * rho))
         if iteration == iterations or bool(over.all()):
             break
         keep = (~over).nonzero()[:, 0]
