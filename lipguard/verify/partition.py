@@ -27,6 +27,8 @@ def check_partition(network: Network, evidence: Partition, norm: tuple[float, fl
         NotCertified: the leaves leave a gap, a region claimed empty or without interior is not proved to be so, or a
             bound is not provable within 1e-6 of the claim.
     """
+    if not 0 <= evidence.value < math.inf:
+        raise NotCertified(f"the partition claims {evidence.value:g}: a bound is a number that is not negative.")
     form = phase_form(network, domain)
     leaves = evidence.leaves
     if not leaves or any(leaf.phases.numel() != form.neurons for leaf in leaves):
