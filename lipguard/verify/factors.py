@@ -9,8 +9,11 @@ from torch import Tensor
 
 from lipguard.certificate import Factors
 from lipguard.errors import NotCertified
-from lipguard.network import Activation, Affine, Diagonal, Input, Network, Operator, Sum
+from lipguard.network import Activation, Affine, Conv, Diagonal, Index, Input, Network, Operator, Sum
 from lipguard.rounding import TINY, gamma, proves_positive_definite, sqrt_up, sum_up, up
+
+LARGEST_UNROLLED = 4_000_000
+"""Entries up to which a convolution's norm is proved by its unrolled matrix; beyond, by its kernel."""
 
 _INFLATIONS = (0.0, 1e-13, 1e-12, 1e-11, 1e-10, 1e-8, 1e-6)
 
@@ -55,6 +58,8 @@ def _times(a: float, b: float) -> float:
 def prove_norm(operator: Operator, proposed: float, p: float, name: str = "") -> float:
     """The smallest provable bound of ||operator||_{p -> p} at or just above the proposed one.
 
+    A proposal is needed for p = 2 and matrices alone: an index and a large convolution have bounds of their own.
+
     Raises:
         NotCertified: the proposal is below the norm by more than 1e-6 relative.
     """
@@ -65,11 +70,50 @@ def prove_norm(operator: Operator, proposed: float, p: float, name: str = "") ->
         # Row sums of |W| for inf, column sums for 1: one application to the vector of ones.
         if p == 1:
             magnitude = magnitude.transpose()
-        count, ones = magnitude.shape[1], torch.ones(magnitude.shape[1], dtype=torch.float64, device=operator.device)
-        return float((magnitude(ones) * (1 + 2 * gamma(count + 2))).max())
+        return _largest_row_sum(magnitude)
+    if isinstance(operator, Index):
+        # A'A is diagonal and counts how often each entry is read.
+        return 1.0 if operator.repeats() == 1 else sqrt_up(operator.repeats())
+    if isinstance(operator, Conv) and math.prod(operator.shape) > LARGEST_UNROLLED:
+        return _kernel_bound(operator)
     if not proposed >= 0:
         raise NotCertified(f"{name or 'a layer'}: a norm of {proposed:g} is proposed.")
-    weight = operator.dense()
+    return _prove_matrix_norm(operator.dense(), proposed, name)
+
+
+def _largest_row_sum(magnitude: Operator) -> float:
+    count = magnitude.shape[1]
+    ones = torch.ones(count, dtype=torch.float64, device=magnitude.device)
+    return float((magnitude(ones) * (1 + 2 * gamma(count + 2))).max())
+
+
+def _kernel_bound(conv: Conv) -> float:
+    """Upper bound of a convolution's norm from 2 to 2 without its unrolled matrix: the least of three.
+
+    ||W||^2 <= ||W||_1 ||W||_inf, row and column sums of |W|. Let K be the kernel as a matrix from one patch (channels times
+    taps) to one place, and let every entry lie in at most m patches: ||W x||^2 = sum over patches ||K x_patch||^2
+    <= ||K||^2 m ||x||^2. And the same for the adjoint, where every entry meets at most as many places as there are taps.
+    Groups make the matrix block-diagonal: the largest of theirs counts.
+    """
+    magnitude = conv.abs()
+    best = sqrt_up(_times(_largest_row_sum(magnitude), _largest_row_sum(magnitude.transpose())))
+    kernel = conv.weight.shape[2:]
+    # Places i with s i + d t = x for taps t: t runs through multiples of s / gcd(d, s), and i follows from t.
+    patches = math.prod(
+        min(m, -(-k * math.gcd(d, s) // s)) for m, k, d, s in zip(conv.small, kernel, conv.dilation, conv.stride, strict=True)
+    )
+    taps = math.prod(min(n, k) for n, k in zip(conv.large, kernel, strict=True))
+    parts = conv.weight.detach().reshape(conv.groups, -1, *conv.weight.shape[1:])
+    for matrices, count in ((parts.flatten(2), patches), (parts.transpose(1, 2).flatten(2), taps)):
+        norms = []
+        for matrix in matrices:
+            proposed = float(torch.linalg.matrix_norm(matrix, 2))
+            norms.append(_prove_matrix_norm(matrix, proposed, "a kernel") if math.isfinite(proposed) else math.inf)
+        best = min(best, _times(max(norms), sqrt_up(count)))
+    return best
+
+
+def _prove_matrix_norm(weight: Tensor, proposed: float, name: str) -> float:
     weight = weight if weight.shape[0] <= weight.shape[1] else weight.T
     if not bool(weight.any()):
         return 0.0
