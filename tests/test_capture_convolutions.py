@@ -17,7 +17,7 @@ import lipguard as lg
 from lipguard import errors
 from lipguard.audit.recipe import captured, rebuild, recipe_of
 from lipguard.network import Affine, Conv, Dense, Diagonal, Index, Network, Operator
-from lipguard.verify import factors
+from lipguard.verify.convolution import frequency_bound, kernel_bound
 from lipguard.verify.factors import prove_norm
 
 
@@ -119,9 +119,10 @@ def test_random_convolutions(case: tuple[nn.Module, tuple[int, ...]]) -> None:
     network = agree(nn.Sequential(layer, nn.ReLU(), nn.Flatten()), shape)
     operator = next(n.operator for n in network.nodes if isinstance(n, Affine) and isinstance(n.operator, Conv))
     exact = float(torch.linalg.matrix_norm(operator.dense(), 2))
-    kernel = factors._kernel_bound(operator)
     # the proofs' inflations and the rounding of the yardstick
-    assert kernel >= exact * (1 - 1e-12)
+    assert kernel_bound(operator) >= exact * (1 - 1e-12)
+    frequency = frequency_bound(operator)
+    assert frequency is not None and exact * (1 - 1e-12) <= frequency
     assert exact * (1 - 1e-12) <= prove_norm(operator, exact, 2.0) <= exact * (1 + 1e-6) + 1e-300
 
 
@@ -345,36 +346,6 @@ def test_records_rebuild_convolutional_networks(name: str) -> None:
     with torch.no_grad():
         next(model.parameters()).add_(1e-3)
     assert rebuild(recipe, model.state_dict()).digest != network.digest
-
-
-def test_large_convolutions_have_bounds_without_their_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = randomised(
-        nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 4, 2, 1, groups=2), nn.ReLU(), nn.Flatten())
-    )
-    network = lg.capture(model, torch.zeros(1, 3, 10, 10, dtype=torch.float64))
-    exact = lg.bound(network, method="spectral").value
-    for module in (factors, __import__("lipguard.bounds.spectral", fromlist=["x"])):
-        monkeypatch.setattr(module, "LARGEST_UNROLLED", 10)
-
-    def forbidden(self: Conv) -> Tensor:
-        raise AssertionError("the matrix is formed")
-
-    monkeypatch.setattr(Conv, "dense", forbidden)
-    cheap = lg.bound(network, method="spectral")
-    # The bound of a 3x3 kernel by one patch loses at most the root of its nine taps.
-    assert cheap.rigor == "verified" and exact <= cheap.value <= 3 * 2 * exact * (1 + 1e-6)
-    assert lg.bound(network, method="sampling").value <= exact
-
-
-def test_a_batch_of_256_at_cifar_size_needs_no_matrix() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
-    )
-    model.append(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
-    network = lg.capture(model, torch.zeros(256, 3, 32, 32))
-    assert lg.bound(network, method="spectral").rigor == "verified"
-    with pytest.raises(errors.UnsupportedQuery, match="neurons takes"):
-        lg.bound(network)
 
 
 def test_live_kernels_carry_gradients() -> None:
