@@ -9,7 +9,7 @@ import contract
 import pytest
 import torch
 from torch import nn
-from zoo import ZOO, chain, linear, matrix
+from zoo import ORTHOGONAL_ROWS, ZOO, chain, linear, matrix
 
 import lipguard as lg
 from lipguard.errors import InvalidDomain, UnknownName, UnsupportedQuery
@@ -126,6 +126,14 @@ def test_rescaled_twins_have_the_same_bound(factor):
     twin[2].weight.data /= factor
     for method in UPPER:
         assert contract.near(lg.bound(model, example, method=method).value, lg.bound(twin, example, method=method).value)
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-200, 1e-160, 1e150, 1e200, 1e300])
+def test_layers_whose_squares_leave_the_range(size):
+    model, example = linear(size * matrix(ORTHOGONAL_ROWS)), torch.zeros(1, 3, dtype=torch.float64)
+    for method in ("spectral", "lipsdp-neuron"):
+        # 3 size, and 1e-12 for entries that are rounded products.
+        assert 3 * size * (1 - 1e-12) <= lg.bound(model, example, method=method).value <= 3 * size * (1 + 1e-12)
 
 
 @pytest.mark.parametrize("norm", [1, 2, INF, (1, 2), (2, INF), (1, INF), (2, 1), (INF, 2), (INF, 1)])

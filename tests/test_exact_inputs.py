@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from exact_oracle import constant, random_net
+from exact_oracle import Layer, Net, constant, random_net
 
 import lipguard as lg
 from lipguard.errors import InvalidDomain, SolverFailed, SolverUnavailable, UnknownName, UnsupportedQuery
@@ -185,15 +185,28 @@ def test_interrupt(method, monkeypatch):
 
 
 def test_auto_says_what_it_chose():
-    few = exact(SMALL.network(), domain=BOX)
-    assert few.method == "enumeration" and few.choice.startswith("Enumeration: 2 inputs, 7 neurons")
-    # Far from every kink nothing is in doubt, however large the network.
-    assert exact(LARGE.network(), domain=lg.Ball(0.4, 1e-3)).method == "enumeration"
-    assert exact(random_net([4, 8, 3], 0).network(), domain=BOX).method == "enumeration"
-    method, why = choose(LARGE.network(), lg.Query((INF, INF), BOX))
+    small = exact(SMALL.network(), domain=BOX)
+    assert small.method == "branch-and-bound" and small.rigor == "verified"
+    assert small.choice.startswith("Branch and bound: 2 inputs, 7 neurons")
+    for norm in ((2.0, 2.0), (1.0, 2.0), (INF, INF)):
+        method, why = choose(LARGE.network(), lg.Query(norm, BOX))
+        assert method == "branch-and-bound" and "verified" in why
+    # (inf, 1) has no bound to prune with; few regions are enumerated, and so it is far from every kink.
+    method, why = choose(SMALL.network(), lg.Query((INF, 1.0), BOX))
+    assert method == "enumeration" and "no bound for norm (inf, 1)" in why
+    assert choose(LARGE.network(), lg.Query((INF, 1.0), lg.Ball(0.4, 1e-3)))[0] == "enumeration"
+    method, why = choose(LARGE.network(), lg.Query((INF, 1.0), BOX))
     assert method == "milp" and "installed" in why
-    method, why = choose(LARGE.network(), lg.Query((2.0, 2.0), BOX))
-    assert method == "branch-and-bound" and "verified" in why
+
+
+def test_auto_repairs_what_branch_and_bound_counts_on_closed_regions():
+    # 0.3 and 0.1 are no multiples of one another in float64: the middle region is a sliver no program can see.
+    net = Net([Layer(np.array([[0.1], [-0.3]]), np.array([0.01, -0.03]))], np.array([[30.0, -10.0]]))
+    found = exact(net.network(), domain=BOX)
+    assert found.lower == pytest.approx(3.0, rel=1e-9) and found.upper == pytest.approx(3.0, rel=1e-9)
+    if found.method != "branch-and-bound":
+        assert found.rigor == "approximate" and found.closed_region == pytest.approx(6.0, rel=1e-6)
+        assert found.details["verified_upper"] == pytest.approx(6.0, rel=1e-6) and "says that the true" in found.choice
 
 
 _SCRIPT = """

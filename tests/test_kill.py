@@ -48,6 +48,7 @@ print("done", flush=True)
 
 
 def started(folder: Path, epochs: int, *more: str) -> subprocess.Popen:
+    folder.mkdir(exist_ok=True)  # a training killed early has not made it yet
     script = folder.with_suffix(".py")
     script.write_text(SCRIPT)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}

@@ -46,7 +46,9 @@ def layer_norm(operator: Operator, p: float) -> float:
         return math.sqrt(layer_norm(operator, 1) * layer_norm(operator, math.inf))  # the checker finds a better one itself
     weight = operator.dense()
     weight = weight if weight.shape[0] <= weight.shape[1] else weight.T
-    square = float(torch.linalg.eigvalsh(weight @ weight.T)[-1])
+    # A power of two keeps the squares within the range of float64.
+    scale = 2.0 ** max(-1000, min(1000, math.frexp(float(weight.abs().max()))[1])) if weight.numel() else 1.0
+    square = float(torch.linalg.eigvalsh((weight / scale) @ (weight / scale).T)[-1])
     if not math.isfinite(square):
         raise UnsupportedQuery("a weight is so large that its square overflows. Rescale the layer.")
-    return math.sqrt(max(square, 0.0))
+    return scale * math.sqrt(max(square, 0.0))

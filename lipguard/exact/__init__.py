@@ -15,16 +15,21 @@ from lipguard.bounds import network_of
 from lipguard.certificate import Domain, Enclosure, Norm, Query, norm_pair
 from lipguard.errors import UnknownName
 from lipguard.exact.problem import problem
-from lipguard.network import Network
+from lipguard.network import Activation, Network
+from lipguard.network.activations import PiecewiseLinear
 
 __all__ = ["METHODS", "exact"]
 
 METHODS = ("enumeration", "miqcqp", "milp", "branch-and-bound")
 """What `method` may be, besides "auto"."""
 
+_ENTRIES = 2e8
+"""Size of the matrices of all parts of R^d up to which `auto` takes branch and bound."""
+
 _REGIONS = 1e5
-"""`auto` enumerates up to this estimated number of regions: on boxes and balls a hundredth of them exist as a rule, a few
-seconds of linear programs (2-20-20-2 on [-1, 1]^2: estimate 45000, regions 268, 3 s)."""
+"""Where branch and bound cannot answer `auto` enumerates up to this estimated number of regions: on boxes and balls
+a hundredth of them exist as a rule, a few seconds of linear programs (2-20-20-2 on [-1, 1]^2: estimate 45000, regions
+268, 3 s)."""
 
 _BOUNDS_SECONDS = 5.0
 """How long `auto` may tighten the bounds of neurons to learn which are in doubt."""
@@ -75,17 +80,34 @@ def exact(
         raise UnknownName(f"method={method!r}: there are {', '.join(METHODS)} and 'auto'.")
     network = network_of(model, example, submodule, outputs)
     problem(network, query)  # bad input is refused here, before any method starts
-    choice = ""
-    if method == "auto":
-        method, choice = choose(network, query)
+    if method != "auto":
+        return _run(network, query, method, solver, region, time_limit, gap, threads)
+    started = time.monotonic()
+    method, choice = choose(network, query)
     enclosure = _run(network, query, method, solver, region, time_limit, gap, threads)
-    if choice:
-        enclosure = dataclasses.replace(enclosure, choice=f"{choice} {enclosure.choice}".strip())
-    return enclosure
+    if method == "branch-and-bound" and enclosure.closed_region is not None and enclosure.gap > gap:
+        left = None if time_limit is None else max(time_limit - (time.monotonic() - started), 1.0)
+        method, why = without_interior(network, query)
+        choice = f"{choice} {why}"
+        other = _run(network, query, method, solver, "both", left, gap, threads)
+        enclosure = _narrower(enclosure, other)
+    return dataclasses.replace(enclosure, choice=f"{choice} {enclosure.choice}".strip())
 
 
 def choose(network: Network, query: Query) -> tuple[str, str]:
-    """The method `auto` takes for a query, and a sentence that says why."""
+    """The method `auto` takes for a query, and a sentence that says why: branch and bound wherever it answers."""
+    size = f"{network.inputs} inputs, {network.neurons} neurons"
+    p, q = query.norm
+    if query.norm != (2.0, 2.0) and p != 1 and q != math.inf:
+        refusal = f"branch and bound has no bound for norm ({p:g}, {q:g})"
+    elif (refusal := _refusal(network, query)) is None:
+        return "branch-and-bound", f"Branch and bound: {size}; both its bounds are verified."
+    method, why = without_interior(network, query)
+    return method, f"{why} ({refusal}.)"
+
+
+def without_interior(network: Network, query: Query) -> tuple[str, str]:
+    """The best method for the true constant besides branch and bound, and a sentence that says why."""
     from lipguard.exact.enumeration import region_estimate
     from lipguard.exact.mixed_integer import SOLVERS, kind_of
     from lipguard.exact.preactivation import bounds
@@ -95,14 +117,51 @@ def choose(network: Network, query: Query) -> tuple[str, str]:
     regions = region_estimate(task.form, known)
     count = "more than 1e12" if math.isinf(regions) else f"at most {regions:.0f}"
     size = f"{network.inputs} inputs, {network.neurons} neurons, {len(known.doubtful)} of them in doubt, {count} regions"
-    if regions <= _REGIONS:
-        return "enumeration", f"Enumeration: {size}."
     kind = kind_of(query, network.inputs, network.outputs)
     packages = {"gurobi": "gurobipy", "scip": "pyscipopt", "highs": "highspy"}
     installed = [name for name in SOLVERS[kind] if importlib.util.find_spec(packages[name])]
-    if query.norm != (2.0, 2.0) and installed:
-        return kind, f"{kind.upper()}: {size}; norm {query.norm} has no SDP to prune with; installed: {', '.join(installed)}."
-    return "branch-and-bound", f"Branch and bound: {size}; its bounds are verified."
+    if regions <= _REGIONS or not installed:
+        return "enumeration", f"Enumeration: {size}."
+    return kind, f"{kind.upper()}: {size}; installed: {', '.join(installed)}."
+
+
+def _refusal(network: Network, query: Query) -> str | None:
+    """Why branch and bound does not take the query; None if it does."""
+    if query.domain is not None:
+        return None
+    breaks = [
+        node.function.breaks
+        for node in network.nodes
+        if isinstance(node, Activation) and isinstance(node.function, PiecewiseLinear)
+    ]
+    if any(bool((at != 0).any()) for at in breaks):
+        return "on all of R^d branch and bound needs break points at 0"
+    n, d = network.neurons, network.inputs
+    if (2 * d + 1) * n * (n + d) > _ENTRIES:
+        return f"on all of R^d branch and bound would start with {2 * d + 1} parts of {n} neurons each"
+    return None
+
+
+def _narrower(first: Enclosure, second: Enclosure) -> Enclosure:
+    """The better bounds of both; the second counts regions with an interior only, and its upper bound is approximate."""
+    lower = max(first, second, key=lambda enclosure: enclosure.lower)
+    if second.status != "closed" or not lower.lower <= second.upper < first.upper:
+        return dataclasses.replace(
+            first,
+            lower_certificate=lower.lower_certificate,
+            witness=lower.witness,
+            choice=f"{first.choice} {second.method} did not improve on it.",
+        )
+    choice = f"{first.choice} The verified bound of closed regions is {first.upper:.9g}; {second.method} says that the true "
+    return dataclasses.replace(
+        second,
+        lower_certificate=lower.lower_certificate,
+        witness=lower.witness,
+        seconds=first.seconds + second.seconds,
+        closed_region=first.closed_region,
+        choice=f"{choice}constant is {second.upper:.9g}. {second.choice}".strip(),
+        details={**second.details, "verified_upper": first.upper},
+    )
 
 
 def _run(

@@ -118,15 +118,24 @@ def _steps(x: Tensor, d: Tensor, tries: int) -> Tensor:
 
 
 def start(batch: Batch, t: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
-    """Strictly feasible (t, rho) from a parent's, which lost nothing by the fixing of neurons; repaired where it did."""
-    t = torch.where(batch.present, t, torch.ones_like(t))
-    rho = rho * 1.05
-    for _ in range(60):
-        bad = ~_definite(batch.linear(rho, t) - batch.c0)
-        if not bool(bad.any()):
-            break
-        rho = torch.where(bad, rho * 1.5, rho)
+    """Strictly feasible (t, rho) from a parent's, which lost nothing by the fixing of neurons; cold where it did."""
+    t, rho = torch.where(batch.present, t, torch.ones_like(t)), rho * 1.05
+    left = _repair(batch, t, rho, 3)
+    if len(left):
+        t[left], rho[left] = cold(batch.pick(left))
     return t, rho
+
+
+def _repair(batch: Batch, t: Tensor, rho: Tensor, tries: int) -> Tensor:
+    """Raise rho in place until (t, rho) is strictly feasible; returns the programs where it is not yet."""
+    left = torch.arange(len(rho))
+    for _ in range(tries):
+        some = batch if len(left) == len(rho) else batch.pick(left)
+        left = left[~_definite(some.linear(rho[left], t[left]) - some.c0)]
+        if not len(left):
+            break
+        rho[left] *= 1.5
+    return left
 
 
 def cold(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -147,8 +156,9 @@ def cold(batch: Batch) -> tuple[Tensor, Tensor]:
         cross[:, j] = 0
         s = s + cross[:, :, None] * cross[:, None, :] / pivot[:, None, None]
         largest = torch.maximum(largest, own)
-    rho = torch.linalg.eigvalsh(s[:, f:, f:])[:, -1].clamp_min(1e-30) * 4
-    return start(batch, t, rho)
+    rho = torch.linalg.eigvalsh(s[:, f:, f:])[:, -1].clamp_min(1e-30) * 4.2
+    _repair(batch, t, rho, 60)
+    return t, rho
 
 
 def solve(batch: Batch, t: Tensor, rho: Tensor, cutoff: Tensor | float, iterations: int, tol: float = 1e-7) -> Solved:
@@ -183,7 +193,9 @@ def solve(batch: Batch, t: Tensor, rho: Tensor, cutoff: Tensor | float, iteratio
         best_t[live], best_rho[live] = t, rho
         ratio[live], weight[live] = _scores(batch, y)
         gap = rho - value
-        over = (rho <= cut[live]) | (feasible & (value > cut[live])) | (feasible & (gap <= tol * rho))
+        # The dual value exceeds the cut-off even if its residual is held against it: the program cannot end below.
+        hopeless = (value - 2 * slack > cut[live]) | (feasible & (value > cut[live]))
+        over = (rho <= cut[live]) | hopeless | (feasible & (gap <= tol * rho))
         if iteration == iterations or bool(over.all()):
             break
         keep = (~over).nonzero()[:, 0]

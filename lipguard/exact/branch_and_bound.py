@@ -12,11 +12,10 @@ Source: the combination is ours; the patterns' program is that of Sbihi, Jan, Co
 from __future__ import annotations
 
 import heapq
-import itertools
 import logging
 import math
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -27,8 +26,10 @@ from lipguard.errors import NotCertified
 from lipguard.exact.feasibility import Feasibility, feasibility, pattern_at
 from lipguard.exact.flatness import THIN, flat_weights
 from lipguard.exact.memory import memory_share
-from lipguard.exact.node_bounds import Effort, node_bounds
-from lipguard.exact.problem import Problem, problem
+from lipguard.exact.node_bounds import node_bounds
+from lipguard.exact.problem import problem
+from lipguard.exact.search import BATCH, FINE, Child, Known, Node, Search
+from lipguard.exact.settling import Refuted, settle
 from lipguard.network import Network
 from lipguard.solvers.threads import one_thread
 from lipguard.verify import verify
@@ -38,110 +39,15 @@ from lipguard.verify.phases import Ranges, propagate, refutes
 from lipguard.verify.substitution import Reduced, reduce
 
 _LOGGER = logging.getLogger("lipguard.exact")
-_BATCH = 64
 _BATCH_SECONDS = 0.5
 """A batch is made smaller where it would take longer: the time limit is looked at in between."""
-_ITERATIONS = 12
-_FINE = 1e-9
-"""Gap to which a search that ended soon goes on, for as long as this may take:"""
-_FINE_SECONDS = 1.0
 _SOON = 0.5
+_FINE_SECONDS = 1.0
+"""A search that ended as soon as this goes on to a gap of `FINE`, for as long as this may take."""
 _SMALLEST = 1e-100
 """Least value that is claimed: its square must be a number."""
 _MEMORY = 0.8
 """Share of the machine's memory at which the search ends."""
-
-
-Known = tuple[np.ndarray, np.ndarray] | None
-"""A point of a region with its pattern, if one is known."""
-
-
-@dataclass(eq=False)
-class Node:
-    """An assignment with a bound of the constant over its regions.
-
-    Attributes:
-        decisions: phases that were branched on, -1 elsewhere, (n,).
-        phases: those and the phases that follow.
-        bound: upper bound of the norm over the node's regions.
-        t: multipliers that prove it, (n,); only for the 2-norm.
-        branch: the neuron to branch on next; -1 if none is free.
-        point: an input with these phases, if one is known, with its pattern.
-    """
-
-    decisions: Tensor
-    phases: Tensor
-    bound: float
-    t: Tensor
-    branch: int
-    point: np.ndarray | None = None
-    pattern: np.ndarray | None = None
-    part: int = 0
-
-    @property
-    def known(self) -> Known:
-        """The point with its pattern."""
-        return None if self.point is None or self.pattern is None else (self.point, self.pattern)
-
-    @property
-    def leaf(self) -> Leaf:
-        """The node as evidence."""
-        return Leaf(self.decisions.to(torch.int8), self.t, part=self.part)
-
-
-@dataclass(eq=False)
-class Search:
-    """State of one search."""
-
-    form: PhaseForm
-    task: Problem
-    gap: float
-    deadline: float
-    heap: list[tuple[float, int, Node]] = field(default_factory=list)
-    leaves: list[Leaf] = field(default_factory=list)
-    done: list[Node] = field(default_factory=list)
-    proved: float = 0.0
-    batch: int = _BATCH
-    nodes: int = 0
-    refuted: int = 0
-    flat: int = 0
-    closed: float = 0.0
-    counter: itertools.count[int] = field(default_factory=itertools.count)
-    seen: set[bytes] = field(default_factory=set)
-
-    @property
-    def target(self) -> float:
-        """A node bounded by this is done."""
-        return self.task.lower * (1 + self.gap / 2)
-
-    @property
-    def upper(self) -> float:
-        """Upper bound of the constant over all leaves and open nodes."""
-        return max(self.proved, -self.heap[0][0] if self.heap else 0.0)
-
-    @property
-    def fine(self) -> bool:
-        """Whether the gap is near what float64 can prove."""
-        return self.gap <= _FINE
-
-    @property
-    def effort(self) -> Effort:
-        """How well the next semidefinite programs are to be solved: the roots with care, fine searches to the end."""
-        return Effort(self.target, 40 if self.fine or not self.heap else _ITERATIONS, _FINE / 4 if self.fine else 1e-7)
-
-    @property
-    def evidence(self) -> tuple[Leaf, ...]:
-        """Leaves that cover the domain, whenever the search is stopped."""
-        return (*self.leaves, *(node.leaf for node in self.done), *(node.leaf for _, _, node in self.heap))
-
-    def push(self, node: Node) -> None:
-        """Keep an open node."""
-        heapq.heappush(self.heap, (-node.bound, next(self.counter), node))
-
-    def finish(self, node: Node) -> None:
-        """Make a bounded node a leaf."""
-        self.done.append(node)
-        self.proved = max(self.proved, node.bound)
 
 
 def branch_and_bound(network: Network, query: Query, *, time_limit: float | None = None, gap: float = 1e-6) -> Enclosure:
@@ -170,7 +76,7 @@ def branch_and_bound(network: Network, query: Query, *, time_limit: float | None
         if not search.evidence:
             _roots(search)  # a bound there must be
         value, evidence = search.upper, search.evidence
-        if status == "closed" and gap > _FINE and time.monotonic() - task.started < _SOON:
+        if status == "closed" and gap > FINE and time.monotonic() - task.started < _SOON:
             value, evidence = _refine(search)
         return _conclude(search, status, value, evidence, gap)
 
@@ -197,9 +103,9 @@ def _run(search: Search) -> Status:
 
 
 def _refine(search: Search) -> tuple[float, tuple[Leaf, ...]]:
-    """Go on to a gap of `_FINE` for a moment: the bound then, or the one before, with its leaves."""
+    """Go on to a gap of `FINE` for a moment: the bound then, or the one before, with its leaves."""
     value, evidence, closed = search.upper, search.evidence, search.closed
-    search.gap, search.deadline = _FINE, min(search.deadline, time.monotonic() + _FINE_SECONDS)
+    search.gap, search.deadline = FINE, min(search.deadline, time.monotonic() + _FINE_SECONDS)
     reopened = [node for node in search.done if node.bound > search.target and node.branch >= 0]
     again = [*reopened, *(node for _, _, node in search.heap)]
     search.done = [node for node in search.done if node.bound <= search.target or node.branch < 0]
@@ -218,7 +124,7 @@ def _expand(search: Search) -> None:
     """Branch the nodes of largest bounds and evaluate their children as one batch."""
     started = time.monotonic()
     parents: list[Node] = []
-    children: list[tuple[Node, Tensor, Known]] = []
+    children: list[Child] = []
     try:
         # Interrupted anywhere, a node may be kept twice but is never lost.
         while search.heap and len(parents) < search.batch:
@@ -228,23 +134,66 @@ def _expand(search: Search) -> None:
             else:
                 parents.append(node)
             heapq.heappop(search.heap)
-        for node in parents:
+        divided, leaves = _settle(search, parents, children)
+        for node in divided:
             for piece in range(len(search.form.pieces)):
                 child = node.decisions.clone()
                 child[node.branch] = piece
-                own = node.pattern is not None and int(node.pattern[node.branch]) == piece
+                own = node.known is not None and int(node.known[1][node.branch]) == piece
                 children.append((node, child, node.known if own else None))
         if parents:
-            _evaluate(search, *_columns(children))
+            _evaluate(search, *_columns(children), leaves)
             each = (time.monotonic() - started) / len(parents)
-            search.batch = max(1, min(_BATCH, int(_BATCH_SECONDS / each)))
+            search.batch = max(1, min(BATCH, int(_BATCH_SECONDS / each)))
     except KeyboardInterrupt:
         for node in parents:
             search.push(node)
         raise
 
 
-def _columns(children: list[tuple[Node, Tensor, Known]]) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Known]]:
+def _settle(search: Search, parents: list[Node], children: list[Child]) -> tuple[list[Node], list[Leaf]]:
+    """Decide neurons that do not divide their node: those nodes become children with more decisions.
+
+    Returns:
+        The nodes still to be divided, and leaves for what was refuted.
+    """
+    form = search.form
+    first = form.layers[0].stop if form.layers else 0
+    divided = [node for node in parents if node.known is None or node.branch < first]
+    asked = [(node, node.known[1]) for node in parents if node.known is not None and node.branch >= first]
+    leaves: list[Leaf] = []
+    if not asked:
+        return divided, leaves
+    ranges = propagate(form, torch.stack([node.decisions for node, _ in asked]), torch.tensor([node.part for node, _ in asked]))
+    reduced = reduce(form, ranges)
+    found = [(k, item) for k, (_, pattern) in enumerate(asked) for item in settle(form, ranges, reduced, k, pattern)]
+    sure: list[list[Refuted]] = [[] for _ in asked]
+    if found:
+        rows = ranges.pick(torch.tensor([k for k, _ in found]))
+        for row, (_, (neuron, piece, _)) in enumerate(found):
+            rows.phases[row, neuron] = piece
+        proved = refutes(form, rows, torch.stack([farkas for _, (_, _, farkas) in found])).tolist()
+        doubtful = {(k, neuron) for (k, (neuron, _, _)), ok in zip(found, proved, strict=True) if not ok}
+        for k, item in found:
+            if (k, item[0]) not in doubtful:
+                sure[k].append(item)
+    for (node, pattern), items in zip(asked, sure, strict=True):
+        decisions = node.decisions.clone()
+        for neuron in dict.fromkeys(neuron for neuron, _, _ in items):
+            for _, piece, farkas in (item for item in items if item[0] == neuron):
+                leaf = decisions.clone()
+                leaf[neuron] = piece
+                leaves.append(Leaf(leaf.to(torch.int8), empty=True, farkas=farkas, part=node.part))
+            decisions[neuron] = int(pattern[neuron])
+        if items:
+            children.append((node, decisions, node.known))
+        else:
+            divided.append(node)
+    search.refuted += len(leaves)
+    return divided, leaves
+
+
+def _columns(children: list[Child]) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Known]]:
     """Decisions, parts, multipliers, squared bounds and points of (parent, decisions, point)."""
     parents, decisions, points = zip(*children, strict=True)
     bounds = torch.tensor([node.bound for node in parents], dtype=torch.float64)
@@ -259,13 +208,15 @@ def _evaluate(
     t: Tensor,
     rho: Tensor,
     points: list[Known],
+    settled: list[Leaf] | None = None,
 ) -> None:
     """Bound new nodes; nothing is added to the search before all of it succeeded."""
     form, task = search.form, search.task
     ranges = propagate(form, decisions, parts)
     empty = ranges.empty.tolist()
     search.nodes += len(decisions)
-    leaves = [Leaf(decisions[i].to(torch.int8), empty=True, part=int(parts[i])) for i in range(len(decisions)) if empty[i]]
+    leaves = list(settled or [])
+    leaves += [Leaf(decisions[i].to(torch.int8), empty=True, part=int(parts[i])) for i in range(len(decisions)) if empty[i]]
     alive = (~ranges.empty).nonzero()[:, 0]
     nodes: list[Node] = []
     if len(alive):
@@ -298,11 +249,8 @@ def _evaluate(
                 proved = semidefinite(form, reduced.pick(kept), multipliers, search.target)
                 bounds = torch.where(proved | (branches < 0), bounds, bounds.clamp_min(search.target * (1 + 1e-9)))
             for row, i in enumerate(kept.tolist()):
-                point = points[i]
                 node = Node(decisions[i], ranges.phases[i], float(bounds[row]), multipliers[row], int(branches[row]))
-                node.part = int(parts[i])
-                if point is not None:
-                    node.point, node.pattern = point
+                node.part, node.known = int(parts[i]), points[i]
                 if node.branch < 0 and node.bound > search.target:
                     # A single region: its norm is attained if it has an interior, and else only on the closed side.
                     found_interior = task.consider(node.phases.numpy().astype(np.intp))
@@ -365,7 +313,15 @@ def _refuted(form: PhaseForm, ranges: Ranges, found: list[Feasibility | None]) -
 def _conclude(search: Search, status: Status, value: float, leaves: tuple[Leaf, ...], gap: float) -> Enclosure:
     task = search.task
     searched = time.monotonic() - task.started
-    upper = replace(_certified(search, max(value, task.lower, _SMALLEST), leaves), seconds=searched)
+    try:
+        upper = _certified(search, max(value, task.lower, _SMALLEST), leaves)
+    except NotCertified as error:
+        known = task.upper_certificate()
+        if known is None:
+            raise
+        task.notes.append(f"The checker refused the leaves ({error}); the bound is that of {known.method}.")
+        upper, status = known, "solver failed"
+    upper = replace(upper, seconds=searched)
     details: dict[str, float | int | str] = {
         "nodes": search.nodes, "leaves": len(leaves), "refuted": search.refuted, "flat": search.flat, "search_seconds": searched
     }  # fmt: skip

@@ -13,7 +13,9 @@ from lipguard.verify.phase_form import PhaseForm
 from lipguard.verify.phases import Lines, Ranges, piece_ends
 from lipguard.verify.substitution import Reduced
 
-_MARGIN = 1e-9
+MARGIN = 1e-9
+"""Distance by which demands must fail before they count as refuted."""
+
 _CUTS = 20
 """Half-spaces around a ball at most; the checker knows the ball itself."""
 
@@ -113,11 +115,11 @@ class _Relaxation:
                 return Feasibility(point, 1.0, None)
             point, margin, duals = result.x[:d], float(result.x[-1]), np.maximum(result.duals, 0)
             cut = _cut(form, point)
-            if margin <= -_MARGIN or cut is None:
+            if margin <= -MARGIN or cut is None:
                 break
             matrix = np.concatenate([matrix, np.r_[cut[0], np.zeros(size - d)][None]])
             bound = np.r_[bound, cut[1]]
-        if margin > -_MARGIN:
+        if margin > -MARGIN:
             return Feasibility(point, margin, None)
         farkas = np.zeros(n)
         a, b = len(below), len(below) + len(above)

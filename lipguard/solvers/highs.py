@@ -51,16 +51,43 @@ def maximise(objective: Vector, rows: Vector, right: Vector, lower: Vector, uppe
         import highspy
     except ImportError:
         return _maximise_by_scipy(objective, rows, right, lower, upper)
-    model = _model(objective, rows, np.full(len(right), -np.inf), right, lower, upper)
+    highs = _linear()
+    highs.passModel(_model(objective, rows, np.full(len(right), -np.inf), right, lower, upper))
+    return _run(highs, highspy.HighsModelStatus.kOptimal)
+
+
+def maximise_each(objectives: Vector, rows: Vector, right: Vector, lower: Vector, upper: Vector) -> list[LinearResult]:
+    """`maximise` of several objectives (K, N) over one polytope, each started from the basis of the one before."""
+    try:
+        import highspy
+    except ImportError:
+        return [_maximise_by_scipy(objective, rows, right, lower, upper) for objective in objectives]
+    results: list[LinearResult] = []
+    highs = _linear()
+    places = np.arange(len(lower), dtype=np.int32)
+    for objective in objectives:
+        if results:
+            highs.changeColsCost(len(places), places, objective)
+        else:
+            highs.passModel(_model(objective, rows, np.full(len(right), -np.inf), right, lower, upper))
+        results.append(_run(highs, highspy.HighsModelStatus.kOptimal))
+    return results
+
+
+def _linear() -> Any:
+    """This thread's instance for linear programs."""
     highs = getattr(_LOCAL, "highs", None)
     if highs is None:
         highs = _LOCAL.highs = _silent()
         highs.setOptionValue("presolve", "off")
         highs.setOptionValue("primal_feasibility_tolerance", 1e-10)
         highs.setOptionValue("dual_feasibility_tolerance", 1e-10)
-    highs.passModel(model)
+    return highs
+
+
+def _run(highs: Any, wanted: Any) -> LinearResult:
     highs.run()
-    optimal = highs.getModelStatus() == highspy.HighsModelStatus.kOptimal
+    optimal = highs.getModelStatus() == wanted
     solution = highs.getSolution()
     return LinearResult(optimal, highs.getObjectiveValue(), np.array(solution.col_value), np.array(solution.row_dual))
 

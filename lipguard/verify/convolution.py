@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -26,9 +27,18 @@ _PHASE = 256 * UNIT
 
 def convolution_bound(conv: Conv) -> float:
     """The better of the bound by the kernel as a matrix and the one by frequencies."""
-    bound = kernel_bound(conv)
-    frequency = frequency_bound(conv)
-    return bound if frequency is None else min(bound, frequency)
+    largest = float(conv.weight.abs().max())
+    if largest == 0:
+        return 0.0
+    # A power of two keeps squares within the range of float64: exact, but for entries that vanish beside the largest one,
+    # by less than TINY each.
+    exponent = max(-1000, min(1000, math.frexp(largest)[1]))
+    scaled = replace(conv, weight=conv.weight.detach() * 2.0**-exponent)
+    bound = kernel_bound(scaled)
+    frequency = frequency_bound(scaled)
+    bound = up(bound if frequency is None else min(bound, frequency))
+    value = bound * 2.0**exponent
+    return value if value >= TINY else up(value)
 
 
 def kernel_bound(conv: Conv) -> float:

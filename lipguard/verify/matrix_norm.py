@@ -35,6 +35,9 @@ def prove_matrix_norm(weight: Tensor, proposed: float, name: str) -> float:
     weight = weight if weight.shape[0] <= weight.shape[1] else weight.T
     if not bool(weight.any()):
         return 0.0
+    # A power of two brings the largest entry near 1: exact, but for entries that vanish beside it, by less than TINY.
+    exponent = max(-1000, min(1000, math.frexp(float(weight.abs().max()))[1]))
+    weight, proposed = weight * 2.0**-exponent, proposed * 2.0**-exponent
     k = weight.shape[1]
     gram = weight @ weight.T
     magnitude = weight.abs()
@@ -51,7 +54,8 @@ def prove_matrix_norm(weight: Tensor, proposed: float, name: str) -> float:
         matrix = -gram
         matrix.diagonal().add_(bound * bound)
         if math.isfinite(bound) and proves_positive_definite(matrix, radius):
-            return bound
+            value = bound * 2.0**exponent
+            return value if value >= TINY else up(value)
     raise NotCertified(f"{name or 'a layer'}: its norm is not provably at most {proposed:g}.")
 
 

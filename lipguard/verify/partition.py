@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,8 @@ def check_partition(network: Network, evidence: Partition, norm: tuple[float, fl
         NotCertified: the leaves leave a gap, a region claimed empty or without interior is not proved to be so, or a
             bound is not provable within 1e-6 of the claim.
     """
+    if not 0 <= evidence.value < math.inf:
+        raise NotCertified(f"the partition claims {evidence.value:g}: a bound is a number that is not negative.")
     form = phase_form(network, domain)
     leaves = evidence.leaves
     if not leaves or any(leaf.phases.numel() != form.neurons for leaf in leaves):
@@ -48,23 +51,24 @@ def covers(phases: Tensor, pieces: int) -> bool:
 
     Some neuron must be fixed in all of them; each of its pieces must then be covered by the leaves that have it.
     """
-    stack = [phases]
+    table = phases.numpy()
+    everything = np.ones(table.shape[1], dtype=bool)
+    stack = [(table, everything)]
     while stack:
-        leaves = stack.pop()
+        leaves, open_ = stack.pop()
         if len(leaves) == 0:
             return False
-        if bool((leaves < 0).all(1).any()):
-            continue
-        common = (leaves >= 0).all(0).nonzero()[:, 0]
-        if len(common) == 0:
+        fixed = (leaves >= 0) & open_
+        if not fixed.any(1).all():
+            continue  # a leaf that is free in all that is left covers it
+        common = fixed.all(0)
+        if not common.any():
             return False
         # Any common neuron will do as the first to branch on: the others stay fixed below it.
-        neuron = int(common[0])
-        column = leaves[:, neuron]
-        for piece in range(pieces):
-            part = leaves[column == piece].clone()
-            part[:, neuron] = -1
-            stack.append(part)
+        neuron = int(common.argmax())
+        below = open_.copy()
+        below[neuron] = False
+        stack += [(leaves[leaves[:, neuron] == piece], below) for piece in range(pieces)]
     return True
 
 
