@@ -99,10 +99,26 @@ def test_inplace_skips_are_not_dropped() -> None:
         (nn.ConvTranspose2d(1, 2, 3), (1, 1, 6, 6)),
     ],
 )
-def test_convolutions_are_refused_or_exact(layer: nn.Module, shape: tuple[int, ...]) -> None:
-    """A flattened kernel's matrix norm is not the convolution's norm, so nothing short of the operator will do."""
+def test_convolutions_are_exact(layer: nn.Module, shape: tuple[int, ...]) -> None:
     model = nn.Sequential(layer, nn.ReLU(), nn.Flatten())
-    refuse_or_agree(model, shape)
+    network = lg.capture(model, torch.zeros(shape))
+    x = torch.randn(4, *shape[1:], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(network(x.flatten(1)), model(x).double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["spectral", "lipsdp-neuron"])
+def test_a_flattened_kernel_is_not_the_convolution(method: str) -> None:
+    layer = nn.Conv1d(1, 1, 2, bias=False)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+    # The unrolled matrix is bidiagonal, (7, 8), of ones: eigenvalues of W W' are 2 + 2 cos(pi k / 8). The flattened kernel
+    # [1, 1] has norm sqrt(2) only.
+    network = lg.capture(layer, torch.zeros(1, 1, 8))
+    constant = math.sqrt(2 + 2 * math.cos(math.pi / 8))
+    assert jacobian_norm(network, torch.zeros(8)) == pytest.approx(constant, rel=1e-12)
+    value = lg.bound(network, method=method).value
+    assert constant <= value == pytest.approx(constant, rel=1e-9) and value > 1.38 * math.sqrt(2)
 
 
 def test_a_convolution_by_hand_keeps_its_norm() -> None:

@@ -10,8 +10,9 @@ import torch
 
 from lipguard.certificate import Certificate, Factors, Query
 from lipguard.errors import UnsupportedQuery
-from lipguard.network import Affine, Network, Operator
+from lipguard.network import Affine, Conv, Index, Network, Operator
 from lipguard.verify import verify
+from lipguard.verify.factors import LARGEST_UNROLLED
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ def layer_norm(operator: Operator, p: float) -> float:
         return float(magnitude(torch.ones(magnitude.shape[1], dtype=torch.float64, device=operator.device)).max())
     if operator.scalar() is not None:
         return abs(float(operator.scalar() or 0.0))
+    if isinstance(operator, Index) or (isinstance(operator, Conv) and math.prod(operator.shape) > LARGEST_UNROLLED):
+        return math.sqrt(layer_norm(operator, 1) * layer_norm(operator, math.inf))  # the checker finds a better one itself
     weight = operator.dense()
     weight = weight if weight.shape[0] <= weight.shape[1] else weight.T
     # A power of two keeps the squares within the range of float64.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from itertools import pairwise
 
@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 
 from lipguard.network.activations import Elementwise
-from lipguard.network.operators import Dense, Diagonal, Operator
+from lipguard.network.operators import Conv, Dense, Diagonal, Index, Operator
 
-__all__ = ["Activation", "Affine", "Dense", "Diagonal", "Elementwise", "Feedback", "Input", "Network", "Node", "Operator", "Sum"]
+__all__ = [
+    "Activation", "Affine", "Conv", "Dense", "Diagonal", "Elementwise", "Feedback", "Index", "Input", "Network", "Node",
+    "Operator", "Sum",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,13 +242,13 @@ class Network:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the structure and the exact bits of every weight, as hexadecimal text."""
-        sha = hashlib.sha256(b"lipguard network 1\n")
+        sha = hashlib.sha256(b"lipguard network 2\n")
         for node in self.nodes:
             match node:
                 case Input():
                     sha.update(f"input {node.size}\n".encode())
                 case Affine():
-                    sha.update(f"affine {node.source} {type(node.operator).__name__} {node.operator.shape}\n".encode())
+                    sha.update(f"affine {node.source} {_structure(node.operator)} {node.bias is not None}\n".encode())
                     for tensor in (*node.operator.tensors(), *(() if node.bias is None else (node.bias,))):
                         sha.update(_bits(tensor))
                 case Activation():
@@ -260,6 +263,13 @@ class Network:
 def _bits(tensor: Tensor) -> bytes:
     plain = tensor.detach().to("cpu", torch.float64).contiguous()
     return f"{tuple(plain.shape)}".encode() + plain.numpy().tobytes()
+
+
+def _structure(operator: Operator) -> str:
+    """Everything about an operator but its coefficients: strides and paddings make another map of the same weight."""
+    named = ((field.name, getattr(operator, field.name)) for field in fields(operator)) if is_dataclass(operator) else ()
+    plain = [f"{name}={value!r}" for name, value in named if not isinstance(value, Tensor)]
+    return " ".join((type(operator).__name__, str(operator.shape), *plain))
 
 
 def _after(operator: Operator, matrix: Tensor | float) -> Tensor | float:

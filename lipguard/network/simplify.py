@@ -1,4 +1,4 @@
-"""The nodes a trace emitted, without those that do not reach the output, and with diagonal maps folded into dense ones."""
+"""The nodes a trace emitted, without those that do not reach the output; diagonal maps are folded into the maps before them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lipguard.network import Activation, Affine, Network, Node, Sum
-from lipguard.network.operators import Dense, Diagonal
+from lipguard.network.operators import Conv, Dense, Diagonal
 
 
 def simplify(nodes: Sequence[Node], output: int) -> Network:
     """The network of the nodes that `output` needs.
 
     A diagonal map (BatchNorm, a scaling, an added constant) whose source is an affine map that nothing else reads is
-    folded into it.
+    folded into it, if that is a matrix, another diagonal, or a convolution and the diagonal has one factor a channel.
     """
     needed = {output}
     for i in range(output, -1, -1):
@@ -30,23 +30,29 @@ def simplify(nodes: Sequence[Node], output: int) -> Network:
             source = nodes[node.source]
             before = kept[place[node.source]]
             if isinstance(source, Affine) and isinstance(before, Affine):
-                kept[place[node.source]] = _folded(before, node, node.operator)
-                place[i] = place[node.source]
-                continue
+                folded = _folded(before, node, node.operator)
+                if folded is not None:
+                    kept[place[node.source]] = folded
+                    place[i] = place[node.source]
+                    continue
         place[i] = len(kept)
         kept.append(_moved(node, place))
     return Network(tuple(kept))
 
 
-def _folded(first: Affine, second: Affine, diagonal: Diagonal) -> Affine:
+def _folded(first: Affine, second: Affine, diagonal: Diagonal) -> Affine | None:
     # s (W x + b) + c = (s W) x + (s b + c)
     operator = first.operator
-    if isinstance(operator, Dense):
-        scale = diagonal.scale if diagonal.scale.ndim == 0 else diagonal.scale[:, None]
-        operator = operator if diagonal.scalar() == 1.0 else Dense(scale * operator.weight)
-    else:
-        assert isinstance(operator, Diagonal)
+    if isinstance(operator, Diagonal):
         operator = Diagonal(diagonal.scale * operator.scale, operator.size)
+    elif diagonal.scalar() != 1.0:
+        if isinstance(operator, Dense):
+            scale = diagonal.scale if diagonal.scale.ndim == 0 else diagonal.scale[:, None]
+            operator = Dense(scale * operator.weight)
+        else:
+            operator = operator.scaled(diagonal.scale) if isinstance(operator, Conv) else None
+    if operator is None:
+        return None
     bias = second.bias
     if first.bias is not None:
         bias = diagonal.scale * first.bias if bias is None else diagonal.scale * first.bias + bias

@@ -46,7 +46,8 @@ _READS = frozenset({
     "__bool__", "__float__", "__int__", "__index__", "__complex__", "__contains__", "item", "tolist", "numpy", "__array__",
     "equal", "allclose", "is_nonzero",
 })  # fmt: skip
-_UNKNOWN = -1
+UNKNOWN = -1
+"""What a rule returns for a result that may be looked at, but not computed with."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,7 @@ class Tracer(TorchFunctionMode):
         if rule is None and key in _QUESTIONS:
             result = func(*args, **kwargs)
             if isinstance(result, Tensor):
-                self._learn(result, _UNKNOWN, trace.call)
+                self._learn(result, UNKNOWN, trace.call)
                 return result
         if rule is None:
             module = trace.module
@@ -253,8 +254,17 @@ class Tracer(TorchFunctionMode):
             raise UnsupportedLayer(f"{trace.place} is called with arguments that its rule does not know: {error}") from error
         return self._finish(func(*args, **kwargs), node)
 
-    def _finish(self, result: Any, node: int) -> Tensor:
+    def _finish(self, result: Any, node: int | tuple[int, ...]) -> Any:
         trace = self.trace
+        if isinstance(node, tuple):
+            if not isinstance(result, list | tuple) or len(result) != len(node):
+                trace.refuse(f"returns {type(result).__name__} where its rule gives {len(node)} values.")
+            for part, one in zip(result, node, strict=True):
+                self._finish(part, one)
+            return result
+        if node == UNKNOWN and isinstance(result, Tensor):
+            self._learn(result, UNKNOWN, trace.call)
+            return result
         if not isinstance(result, Tensor):
             trace.refuse(f"returns {type(result).__name__}, not a tensor.")
         size = _size(trace.nodes, node)
@@ -273,7 +283,7 @@ class Tracer(TorchFunctionMode):
 
     def _value(self, tensor: Tensor) -> Value:
         known = self._known[id(tensor)]
-        if known.node == _UNKNOWN:
+        if known.node == UNKNOWN:
             self.trace.refuse(
                 f"uses the result of {known.origin}, which has no rule. Bound a submodule with submodule=..., "
                 f"or add one with @lowers({known.origin})."

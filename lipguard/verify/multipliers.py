@@ -24,7 +24,7 @@ from lipguard.certificate import Multipliers
 from lipguard.errors import NotCertified
 from lipguard.network import Activation, Affine, Input, Network, Operator, Sum
 from lipguard.rounding import TINY, UNIT, gamma, proves_positive_definite, sqrt_up, up
-from lipguard.verify.factors import frobenius_bound
+from lipguard.verify.matrix_norm import frobenius_bound
 
 _THINNEST = 1e-6
 """A slope interval thinner than this is widened to it: a superset, and a multiplier can stay finite."""

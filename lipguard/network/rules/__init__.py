@@ -1,7 +1,8 @@
 """Lowering rules by the name of the torch function they lower; one small file per family.
 
 A rule is `rule(trace, *args, **kwargs) -> int`, called with the call's own arguments, every tensor that depends on the
-input replaced by a `Value`; it emits nodes through the `Trace` and returns the index of the node that holds the result.
+input replaced by a `Value`; it emits nodes through the `Trace` and returns the index of the node that holds the result,
+or a tuple of them for a call that returns several tensors.
 A rule for a class of modules also gets the module: `rule(trace, module, *args, **kwargs)`.
 """
 
@@ -15,10 +16,10 @@ from typing import TypeVar
 
 from torch import nn
 
-Rule = Callable[..., int]
+Rule = Callable[..., int | tuple[int, ...]]
 RuleT = TypeVar("RuleT", bound=Rule)
 
-_FAMILIES = ("activation", "arithmetic", "linear", "normalization", "refused", "shape")
+_FAMILIES = ("activation", "arithmetic", "convolution", "linear", "normalization", "pooling", "rearrange", "refused", "shape")
 
 _FUNCTIONS: dict[object, Rule] = {}
 _MODULES: dict[type[nn.Module], Rule] = {}

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lipguard.network.operators import Diagonal
 from lipguard.network.rules import lowers
+from lipguard.network.rules.rearrange import broadcast
 from lipguard.network.trace import Trace, Value
 
 Operand = Value | Tensor | float | int
@@ -21,10 +22,8 @@ def add(trace: Trace, input: Operand, other: Operand, *, alpha: float = 1) -> in
     right = trace.value(scaled(trace, other, alpha), other.tensor)
     if not isinstance(input, Value):
         return _shifted(trace, right, input, 1)
-    if input.tensor.shape != right.tensor.shape:
-        shapes = f"{tuple(input.tensor.shape)} and {tuple(right.tensor.shape)}"
-        trace.refuse(f"adds values of shapes {shapes}; broadcasting has no rule.")
-    return trace.sum(input, right)
+    shape = torch.broadcast_shapes(input.tensor.shape, right.tensor.shape)
+    return trace.sum(broadcast(trace, input, shape), broadcast(trace, right, shape))
 
 
 @lowers("sub")

@@ -41,7 +41,7 @@ def matmul(trace: Trace, input: Value | Tensor, other: Value | Tensor) -> int:
         rows, columns = other.tensor.shape[1:]
         if matrix.shape[1] != rows:
             raise InvalidExample(f"{trace.place} expects {matrix.shape[1]} rows, the example gives {rows}.")
-        _check_size(trace, matrix.numel() * columns * columns)
+        check_size(trace, matrix.numel() * columns * columns)
         # (M X) read row by row is (M kron I) x.
         eye = torch.eye(columns, dtype=torch.float64, device=matrix.device)
         return trace.affine(other, Dense(torch.kron(matrix, eye)))
@@ -81,14 +81,15 @@ def _right(trace: Trace, x: Value, weight: Tensor, bias: Tensor | None) -> int:
     shift = None if bias is None else trace.constant(bias, "bias")
     positions = x.size // features
     if positions > 1:
-        _check_size(trace, weight.numel() * positions * positions)
+        check_size(trace, weight.numel() * positions * positions)
         # The same weight at every position: block-diagonal.
         weight = torch.kron(torch.eye(positions, dtype=torch.float64, device=weight.device), weight)
         shift = None if shift is None else shift.repeat(positions)
     return trace.affine(x, Dense(weight), shift)
 
 
-def _check_size(trace: Trace, entries: int) -> None:
+def check_size(trace: Trace, entries: int) -> None:
+    """Refuse a matrix of more entries than memory should hold."""
     if entries > _LIMIT:
         trace.refuse(f"repeats its weight over so many positions that the matrix would have {entries} entries (limit {_LIMIT}).")
 

@@ -10,7 +10,12 @@ from lipguard.network.rules import lowers
 from lipguard.network.trace import Trace
 
 _QUADRATIC = "multiplies values that depend on the input: it has no global Lipschitz constant."
-_LATER = "has no rule yet: dense networks only. Bound a submodule with submodule=..., or add a rule with @lowers."
+_MAXIMUM = (
+    "takes maxima over windows, which no slope of a single neuron describes: where windows overlap, one input is copied into "
+    "several outputs, and the layer's constant in the 2-norm is the root of their number, not 1. Use average pooling or a "
+    "strided convolution, or bound the parts before and after it with submodule=...."
+)
+_POWERS = "raises its windows to a power: it has no rule. Use average pooling, or bound a submodule with submodule=...."
 _SOFTMAX = "is no elementwise function: the slope interval of a neuron does not describe its Jacobian diag(p) - p p'."
 _SAMPLE = "divides by the spread of the sample itself: its slope has no bound that is useful where the spread vanishes."
 
@@ -50,9 +55,9 @@ REASONS = {
     "setitem": "writes into a slice, which has no rule.",
     "__setitem__": "writes into a slice, which has no rule.",
 } | {
-    f"{kind}{n}d": _LATER
+    f"{kind}{n}d": _POWERS if kind == "lp_pool" else _MAXIMUM
     for n in (1, 2, 3)
-    for kind in ("conv", "conv_transpose", "max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "lp_pool")
+    for kind in ("max_pool", "adaptive_max_pool", "fractional_max_pool", "lp_pool")
 }  # fmt: skip
 
 

@@ -1,0 +1,157 @@
+"""Calls that move, drop, repeat or join entries: slices, permutations, padding, nearest upsampling, concatenation.
+
+Such a call is run once more, on codes: numbers that say which entry of which sample stands where. What comes out is the
+index, and whether a sample's entries ever reach another sample is seen, not assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from lipguard.network.operators import Index
+from lipguard.network.rules import lowers
+from lipguard.network.trace import Trace, Value
+
+_MOVES: dict[str, Callable[..., Any]] = {
+    "__getitem__": Tensor.__getitem__,
+    "T": lambda x: x.T,
+    "mT": lambda x: x.mT,
+    "channel_shuffle": torch.channel_shuffle,
+    "native_channel_shuffle": torch.channel_shuffle,
+    "pixel_shuffle": torch.pixel_shuffle,
+    "pixel_unshuffle": torch.pixel_unshuffle,
+} | {
+    name: getattr(Tensor, name)
+    for name in (
+        "adjoint", "broadcast_to", "chunk", "diagonal", "expand", "flip", "fliplr", "flipud", "gather", "hsplit", "index_select",
+        "moveaxis", "movedim", "narrow", "permute", "repeat", "repeat_interleave", "roll", "rot90", "select", "split",
+        "split_with_sizes", "swapaxes", "swapdims", "t", "take_along_dim", "tensor_split", "tile", "transpose", "tril", "triu",
+        "unbind", "unsafe_chunk", "unsafe_split",
+    )
+}  # fmt: skip
+_JOINS = {
+    name: getattr(torch, name)
+    for name in ("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack")
+}  # fmt: skip
+
+
+def rearranged(trace: Trace, x: Value, move: Callable[[Tensor], Any], fill: float = 0.0) -> int | tuple[int, ...]:
+    """The value after a function that only moves entries, and leaves `fill` where it put the code 0; a node for each result."""
+    rows, size = len(x.tensor), x.size
+    code = torch.arange(1, rows * size + 1, dtype=torch.float64, device=x.tensor.device)
+    moved = move(code.reshape(x.tensor.shape))
+    if isinstance(moved, Tensor):
+        return _emit(trace, x, _index(trace, moved, rows, size), fill)
+    return tuple(_emit(trace, x, _index(trace, part, rows, size), fill) for part in moved)
+
+
+def broadcast(trace: Trace, x: Value, shape: torch.Size) -> Value:
+    """x expanded to a shape."""
+    node = rearranged(trace, x, lambda code: code.expand(shape))
+    assert isinstance(node, int)
+    return trace.value(node, x.tensor.expand(shape))
+
+
+def _index(trace: Trace, moved: Tensor, rows: int, size: int) -> Tensor:
+    """The index that the codes show, the same for every sample."""
+    if moved.ndim == 0 or len(moved) != rows:
+        trace.refuse(f"gives shape {tuple(moved.shape)}: it mixes the samples of a batch, which must stay the first dimension.")
+    place = moved.reshape(rows, -1).to(torch.int64) - 1
+    if not bool((moved == moved.round()).all()):
+        trace.refuse("computes with its entries, where it should only move them.")
+    start = size * torch.arange(rows, device=place.device)[:, None]
+    index = torch.where(place < 0, place, place - start)
+    if index.numel() == 0:
+        trace.refuse("selects nothing.")
+    if not bool(((index >= -1) & (index < size) & (index == index[:1]) & ((place < 0) | (place >= start))).all()):
+        trace.refuse("mixes the samples of a batch, or treats them differently.")
+    return index[0].clone()
+
+
+def _emit(trace: Trace, x: Value, index: Tensor, fill: float) -> int:
+    if torch.equal(index, torch.arange(x.size, device=index.device)):
+        return x.node
+    shift = torch.where(index < 0, fill, 0.0).to(torch.float64) if fill and bool((index < 0).any()) else None
+    return trace.affine(x, Index(index, x.size), shift)
+
+
+def _depends(tree: object) -> bool:
+    if isinstance(tree, list | tuple):
+        return any(_depends(part) for part in tree)
+    return isinstance(tree, Value) or (isinstance(tree, dict) and _depends(tuple(tree.values())))
+
+
+def _register(name: str, move: Callable[..., Any]) -> None:
+    def rule(trace: Trace, input: Value, *args: Any, **kwargs: Any) -> int | tuple[int, ...]:
+        if not isinstance(input, Value) or _depends((args, kwargs)):
+            trace.refuse("reads entries at places that depend on the input.")
+        return rearranged(trace, input, lambda code: move(code, *args, **kwargs))
+
+    lowers(name)(rule)
+
+
+for _name, _move in _MOVES.items():
+    _register(_name, _move)
+
+
+@lowers("pad", "constant_pad_nd")
+def pad(
+    trace: Trace, input: Value, pad: Any, mode: str | float = "constant", value: float | None = None
+) -> int | tuple[int, ...]:
+    """Padding by a constant, or by entries of the value (reflect, replicate, circular)."""
+    if not isinstance(mode, str):  # constant_pad_nd(input, pad, value)
+        mode, value = "constant", mode
+    if mode == "constant":
+        return rearranged(trace, input, lambda code: F.pad(code, pad), float(value or 0.0))
+    return rearranged(trace, input, lambda code: F.pad(code, pad, mode=mode))
+
+
+def _register_join(name: str, join: Callable[..., Tensor]) -> None:
+    def rule(trace: Trace, tensors: Any, *args: Any, **kwargs: Any) -> int:
+        return _joined(trace, list(tensors), lambda parts: join(parts, *args, **kwargs))
+
+    lowers(name)(rule)
+
+
+for _name, _join in _JOINS.items():
+    _register_join(_name, _join)
+
+
+def _joined(trace: Trace, parts: list[Any], join: Callable[[list[Tensor]], Tensor]) -> int:
+    """The sum of the values, each embedded at its places; constants become a bias."""
+    values = [part for part in parts if isinstance(part, Value)]
+    rows, total = len(values[0].tensor), sum(value.size for value in values)
+    device = values[0].tensor.device
+    codes: list[Tensor] = []
+    constants: list[Tensor] = []
+    begins: list[int] = []
+    offset = 0
+    for part in parts:
+        if isinstance(part, Value):
+            row = total * torch.arange(rows, dtype=torch.float64, device=device)[:, None]
+            code = row + torch.arange(offset + 1, offset + part.size + 1, dtype=torch.float64, device=device)
+            codes.append(code.reshape(part.tensor.shape))
+            constants.append(torch.zeros(part.tensor.shape, dtype=torch.float64, device=device))
+            begins.append(offset)
+            offset += part.size
+        else:
+            constants.append(trace.constant(part, "constant").to(device))
+            codes.append(torch.zeros_like(constants[-1]))
+    index = _index(trace, join(codes), rows, total)
+    shift = None
+    if len(values) < len(parts):
+        whole = join(constants).reshape(rows, -1)
+        if not bool((whole == whole[:1]).all()):
+            trace.refuse("joins a constant that treats the samples of a batch differently.")
+        shift = whole[0]
+    embedded: list[Value] = []
+    for begin, value in zip(begins, values, strict=True):
+        own = torch.where((index >= begin) & (index < begin + value.size), index - begin, -1)
+        embedded.append(trace.value(trace.affine(value, Index(own, value.size), shift), value.tensor))
+        shift = None
+    return embedded[0].node if len(embedded) == 1 else trace.sum(*embedded)
