@@ -86,6 +86,18 @@ def test_bias_free_networks_beside_zero():
     assert not phase_form(net.network(), lg.Ball([0.6, 0.8], 1.0)).directions
 
 
+@pytest.mark.parametrize("domain", [BOX, None, lg.Ball(0.0, 0.0)])
+def test_networks_without_neurons(domain):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double().requires_grad_(False)
+    for norm in (1, 2, INF):
+        found = exact(model, torch.zeros(1, 3, dtype=torch.float64), domain=domain, norm=norm)
+        expected = float(torch.linalg.matrix_norm(model.weight, norm))
+        assert found.status == "closed" and found.rigor == "verified"
+        assert found.lower <= expected * (1 + 1e-14) and found.upper >= expected * (1 - 1e-14)
+        assert found.upper == pytest.approx(found.lower, rel=1e-11)
+
+
 def test_where_it_does_not_answer():
     net = random_net([2, 3, 2, 2], 40, **OTHERS["hardtanh"]).network()
     with pytest.raises(UnsupportedQuery, match="break points at 0"):

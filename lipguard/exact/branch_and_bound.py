@@ -253,7 +253,7 @@ def _evaluate(
                 node.part, node.known = int(parts[i]), points[i]
                 if node.branch < 0 and node.bound > search.target:
                     # A single region: its norm is attained if it has an interior, and else only on the closed side.
-                    found_interior = task.consider(node.phases.numpy().astype(np.intp))
+                    found_interior = task.consider(search.own(node.phases.numpy().astype(np.intp)))
                     if not found_interior.exists and _flat(search, leaves, decisions[i], ranges, reduced, i, node.part):
                         continue
                 nodes.append(node)
@@ -293,8 +293,9 @@ def _try_point(search: Search, outcome: Feasibility, phases: Tensor) -> Known:
     key = pattern.astype(np.int8).tobytes()
     if key not in search.seen:
         search.seen.add(key)
-        if task.norm(pattern)[0] > task.lower:
-            task.consider(pattern)
+        own = search.own(pattern)
+        if task.norm(own)[0] > task.lower:
+            task.consider(own)
     fixed = phases.numpy() >= 0
     return (x, pattern) if bool((pattern[fixed] == phases.numpy()[fixed]).all()) else None
 

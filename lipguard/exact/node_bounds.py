@@ -42,6 +42,10 @@ def node_bounds(
         effort: for norm (2, 2).
     """
     n = form.neurons
+    if n == 0:
+        jacobian = compact(reduced, form.tangent)[4]
+        exact = torch.linalg.matrix_norm(jacobian, 2) if norm == (2.0, 2.0) else interval_norms(form, reduced, norm)
+        return exact, torch.ones_like(t), torch.full((len(t),), -1)
     if norm != (2.0, 2.0):
         width = (ranges.upper - ranges.lower).clamp_max(1e300) * reduced.free
         first = torch.zeros(n)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -103,6 +104,17 @@ class Search:
     def evidence(self) -> tuple[Leaf, ...]:
         """Leaves that cover the domain, whenever the search is stopped."""
         return (*self.leaves, *(node.leaf for node in self.done), *(node.leaf for _, _, node in self.heap))
+
+    def own(self, pattern: np.ndarray) -> np.ndarray:
+        """A pattern of phases in the pieces of `task.form`, which joins neighbouring pieces of one slope (PReLU of slope 1)."""
+        return self._joined[pattern, np.arange(len(pattern))]
+
+    @cached_property
+    def _joined(self) -> np.ndarray:
+        """For each piece of each neuron, the number of kinks before it, (K, n)."""
+        pieces, breaks = self.form.pieces.numpy(), self.form.breaks.numpy()
+        kinks = (pieces[1:] != pieces[:-1]) & np.isfinite(breaks)
+        return np.concatenate([np.zeros((1, pieces.shape[1]), dtype=np.intp), kinks.cumsum(0)])
 
     def push(self, node: Node) -> None:
         """Keep an open node."""
