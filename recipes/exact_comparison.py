@@ -137,7 +137,8 @@ def plot(rows: list[Row], file: Path, seconds: float) -> None:
         axis.set_title(f"{name} (1 = {best:.4g})", fontsize=9)
     for axis in axes[len(names) :]:
         axis.set_axis_off()
-    text = f"Lower and upper bounds of the l2 constant on [-1, 1]^d after at most {seconds:g} s (green: closed, gray: LipSDP)"
+    colors = "green: closed, orange: out of time, gray: LipSDP"
+    text = f"Lower and upper bounds of the l2 constant on [-1, 1]^d after at most {seconds:g} s ({colors})"
     figure.suptitle(text, fontsize=10)
     figure.savefig(file, dpi=130)
 

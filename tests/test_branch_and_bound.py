@@ -185,6 +185,18 @@ def test_leaves_that_the_checker_refuses_leave_a_bound(monkeypatch):
     assert found.upper_certificate.method.startswith("lipsdp") and found.lower <= found.upper
 
 
+@pytest.mark.parametrize("radius", [0.5, 2.0])
+def test_a_ball_in_many_dimensions_closes(radius):
+    # Regions that meet the box around the ball but not the ball are refuted by their nearest point.
+    model, example = wide_net(3, (20, 8, 8, 3))
+    found = exact(model, example, domain=lg.Ball(0.25, radius), method="branch-and-bound")
+    assert found.status == "closed" and found.rigor == "verified" and found.closed_region is None
+    listed = exact(model, example, domain=lg.Ball(0.25, radius), method="enumeration", time_limit=20)
+    assert listed.lower <= found.upper and found.lower <= listed.upper
+    if listed.status == "closed":
+        assert found.lower == pytest.approx(listed.lower, rel=1e-6)
+
+
 def test_outputs_and_margins():
     model, example = wide_net(2, (3, 6, 6, 3))
     margin = exact(model, example, domain=BOX, outputs=(0, 2), method="branch-and-bound")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.optimize import nnls
 from torch import Tensor
 
 from lipguard.solvers import highs
@@ -16,7 +17,7 @@ from lipguard.verify.substitution import Reduced
 MARGIN = 1e-9
 """Distance by which demands must fail before they count as refuted."""
 
-_CUTS = 20
+_CUTS = 6
 """Half-spaces around a ball at most; the checker knows the ball itself."""
 
 
@@ -117,6 +118,14 @@ class _Relaxation:
             cut = _cut(form, point)
             if margin <= -MARGIN or cut is None:
                 break
+            if not len(free) and form.ball_norm == 2.0 and len(asked):
+                nearest, weights = _nearest(form, matrix[:, :d], bound)
+                if weights is not None:
+                    margin, duals = -1.0, weights
+                elif nearest is not None:
+                    point = _towards(form, nearest, point)
+                    margin = float(((bound - matrix[:, :d] @ point) / matrix[:, -1].clip(1e-300)).min())
+                break
             matrix = np.concatenate([matrix, np.r_[cut[0], np.zeros(size - d)][None]])
             bound = np.r_[bound, cut[1]]
         if margin > -MARGIN:
@@ -131,6 +140,35 @@ class _Relaxation:
             total = weights.sum(0)
             farkas[free] = np.where(total > 0, (weights * slopes).sum(0) / np.where(total > 0, total, 1.0), slopes[0])
         return Feasibility(point, margin, torch.from_numpy(farkas))
+
+
+def _nearest(form: PhaseForm, rows: np.ndarray, right: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The point of the polytope rows x <= right nearest to the 2-ball's centre, if it lies in the ball; else multipliers.
+
+    That point is a combination of the rows with nonnegative multipliers, which separate the polytope from the ball:
+    Lawson and Hanson, Solving Least Squares Problems (1974), chapter 23. Neither is known if the computation fails.
+    """
+    center = form.center.numpy()
+    system = np.concatenate([-rows.T * form.radius, -(right - rows @ center)[None]])
+    target = np.r_[np.zeros(rows.shape[1]), 1.0]
+    try:
+        multipliers, _ = nnls(system, target)
+    except RuntimeError:  # too many iterations
+        return None, None
+    residual = system @ multipliers - target
+    if residual[-1] >= 0:
+        return None, multipliers  # no point at all, if rounding does not deceive
+    step = -residual[:-1] / residual[-1]
+    if np.linalg.norm(step) > 1 + MARGIN:
+        return None, multipliers
+    return center + form.radius * step, None
+
+
+def _towards(form: PhaseForm, near: np.ndarray, far: np.ndarray) -> np.ndarray:
+    """Half-way to where the way from a point of the 2-ball to one outside leaves it."""
+    start, way = near - form.center.numpy(), far - near
+    a, b, c = way @ way, start @ way, start @ start - form.radius**2
+    return near + way * max(0.0, (-b + np.sqrt(max(b * b - a * c, 0.0))) / a) / 2
 
 
 def pattern_at(form: PhaseForm, x: np.ndarray) -> np.ndarray:
