@@ -90,11 +90,8 @@ class Semidefinite:
             notes.append(f"{name}: {failure}")
             proposal = None
         certificate = certify(network, query, problem, proposal, self.name, notes)
-        if proposal is not None and not proposal.gap <= _SOLVED:
-            # An unfinished solve, or a network whose constant is 0 and whose program has no interior optimum.
-            product, _ = Spectral()(network, query)
-            if product.value < certificate.value:
-                certificate = replace(product, note="; ".join([*notes, f"{self.name} proves {certificate.value:.6g} only"]))
+        if proposal is not None:
+            certificate = not_above_product(network, query, certificate, proposal, notes)
         evidence = certificate.evidence
         warm = Warm(evidence.t, evidence.rho) if isinstance(evidence, Multipliers) else None
         return replace(certificate, seconds=time.perf_counter() - began), warm
@@ -159,6 +156,21 @@ def certify(
     if fallback.value == 0:
         return fallback  # a constant network: no multipliers were needed
     return replace(fallback, note="; ".join([*notes, f"the spectral product {fallback.value:.6g} stands"]))
+
+
+def not_above_product(
+    network: Network, query: Query, certificate: Certificate, proposal: Proposal, notes: list[str]
+) -> Certificate:
+    """The certificate, or the spectral product where that is smaller: after an unfinished solve.
+
+    Also for a network whose constant is 0, whose program has no interior optimum.
+    """
+    if proposal.gap <= _SOLVED:
+        return certificate
+    product, _ = Spectral()(network, query)
+    if product.value >= certificate.value:
+        return certificate
+    return replace(product, note="; ".join([*notes, f"{certificate.method} proves {certificate.value:.6g} only"]))
 
 
 def _inside(program: SlopeProgram, t: Tensor, pull: float | None) -> tuple[Tensor, float]:

@@ -23,7 +23,7 @@ from lipguard.bounds import network_of
 from lipguard.bounds.lipsdp import lipsdp
 from lipguard.bounds.refine import refine
 from lipguard.bounds.sampling import Points, Sampling
-from lipguard.bounds.semidefinite import Warm, certify, check_query, propose
+from lipguard.bounds.semidefinite import Warm, certify, check_query, not_above_product, propose
 from lipguard.bounds.spectral import Spectral
 from lipguard.certificate import Certificate, Domain, Factors, Norm, Query, norm_pair
 from lipguard.errors import Contradiction, LipguardError, SolverFailed
@@ -177,13 +177,16 @@ class Tracker:
         if hasattr(certificate.evidence, "t"):
             self._warm = Warm(certificate.evidence.t, certificate.evidence.rho)  # type: ignore[union-attr]
             self._balance = problem.balance
+        if proposal is not None and not (proposal.inside and warm is not None):
+            # What was refined from the last measurement's multipliers needs no comparison.
+            certificate = not_above_product(network, self._query, certificate, proposal, notes)
         return replace(certificate, seconds=time.perf_counter() - began)
 
     def _lower(self, network: Network, seconds: float | None) -> Certificate:
         first = self._points is None
         small = sum(t.numel() for n in network.nodes if isinstance(n, Affine) for t in n.operator.tensors()) <= _SMALL
         if small or seconds is None:
-            starts, steps = (128, 60) if first or seconds is None else (32, 30)
+            starts, steps = (128, 60) if first or seconds is None else (32, 12)
             limit = None if seconds is None else max(0.15 * seconds, 0.1 if first else 0.03)
         else:
             starts, steps, limit = (32, 60, 0.1) if first else (2, 2, 0.15 * seconds)
@@ -219,7 +222,7 @@ class Tracker:
 
 
 _SMALL = 100_000
-"""Weights up to which the ascent for the lower bound is run with many starts: about 30 ms."""
+"""Weights up to which the ascent for the lower bound is run with many starts: about 10 ms."""
 
 _LARGEST_FULL = 320
 """Order up to which the first measurement is a full solve: about a fifth of a second."""
