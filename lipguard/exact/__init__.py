@@ -47,6 +47,7 @@ def exact(
     time_limit: float | None = None,
     gap: float = 1e-6,
     threads: int = 1,
+    formulation: Literal["tightened", "published"] = "tightened",
     outputs: Tensor | tuple[int, int] | None = None,
     submodule: str | None = None,
 ) -> Enclosure:
@@ -64,6 +65,8 @@ def exact(
         time_limit: seconds; None for no limit. Ctrl-C returns the enclosure known by then.
         gap: relative gap (upper - lower) / upper at which to stop.
         threads: of the solver.
+        formulation: of the mixed-integer methods: with lipguard's bounds ("tightened"), or the program as "published",
+            with interval propagation alone, to compare solvers by.
         outputs: a matrix (k, m) applied to the outputs, or a pair of classes (i, j) for the margin y_i - y_j.
         submodule: name of the submodule to bound instead of the whole.
     Returns:
@@ -81,15 +84,15 @@ def exact(
     network = network_of(model, example, submodule, outputs)
     problem(network, query)  # bad input is refused here, before any method starts
     if method != "auto":
-        return _run(network, query, method, solver, region, time_limit, gap, threads)
+        return _run(network, query, method, solver, region, time_limit, gap, threads, formulation)
     started = time.monotonic()
     method, choice = choose(network, query)
-    enclosure = _run(network, query, method, solver, region, time_limit, gap, threads)
+    enclosure = _run(network, query, method, solver, region, time_limit, gap, threads, formulation)
     if method == "branch-and-bound" and enclosure.closed_region is not None and enclosure.gap > gap:
         left = None if time_limit is None else max(time_limit - (time.monotonic() - started), 1.0)
         method, why = without_interior(network, query)
         choice = f"{choice} {why}"
-        other = _run(network, query, method, solver, "both", left, gap, threads)
+        other = _run(network, query, method, solver, "both", left, gap, threads, formulation)
         enclosure = _narrower(enclosure, other)
     return dataclasses.replace(enclosure, choice=f"{choice} {enclosure.choice}".strip())
 
@@ -173,6 +176,7 @@ def _run(
     time_limit: float | None,
     gap: float,
     threads: int,
+    formulation: Literal["tightened", "published"],
 ) -> Enclosure:
     if method == "enumeration":
         from lipguard.exact.enumeration import enumeration
@@ -184,5 +188,6 @@ def _run(
     from lipguard.exact.mixed_integer import mixed_integer
 
     return mixed_integer(
-        network, query, method=method, solver=solver, region=region, time_limit=time_limit, gap=gap, threads=threads
-    )
+        network, query, method=method, solver=solver, region=region, time_limit=time_limit, gap=gap, threads=threads,
+        formulation=formulation,
+    )  # fmt: skip

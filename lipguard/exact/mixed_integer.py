@@ -23,6 +23,11 @@ _LOGGER = logging.getLogger("lipguard.exact")
 SOLVERS = {"miqcqp": ("gurobi", "scip"), "milp": ("gurobi", "highs", "scip")}
 """Solvers of each kind of program, in the order in which "auto" tries them."""
 
+FORMULATIONS = ("tightened", "published")
+"""What may be known to a program besides the network: see `mixed_integer`."""
+
+Formulation = Literal["tightened", "published"]
+
 _DISAGREES = 1e-5
 """A solver's bound this far below a verified lower bound, relatively, is wrong and not used."""
 
@@ -44,6 +49,7 @@ def mixed_integer(
     time_limit: float | None = None,
     gap: float = 1e-6,
     threads: int = 1,
+    formulation: Formulation = "tightened",
 ) -> Enclosure:
     """Lipschitz constant of a piecewise-linear network by a mixed-integer program.
 
@@ -57,8 +63,13 @@ def mixed_integer(
         time_limit: seconds for everything; None for no limit.
         gap: relative gap at which to stop.
         threads: of the solver.
+        formulation: "tightened" gives the program linear programs' ranges of pre-activations, products of norms as bounds
+            of tangents, the best verified bound as a cut-off and the best sampled region as a start. "published" is the
+            program of the paper with plain interval propagation and nothing else, for comparisons; its upper end is the
+            solver's alone.
     Returns:
-        The lower end is verified at a witness; the upper end is the solver's word, or a verified bound if that is better.
+        The lower end is verified at a witness; the upper end is the solver's word, or a verified bound if that is better
+        (and the formulation knows one).
     Raises:
         UnsupportedQuery: the method cannot state the query, or an activation is not piecewise linear.
         SolverUnavailable: no solver can take the program; the message says why, each.
@@ -66,8 +77,10 @@ def mixed_integer(
     """
     if region not in ("both", "closed", "strict"):
         raise UnknownName(f"region={region!r}: there are 'both', 'closed' and 'strict'.")
+    if formulation not in FORMULATIONS:
+        raise UnknownName(f"formulation={formulation!r}: there are 'tightened' and 'published'.")
     task = problem(network, query, time_limit)
-    return _Run(task, method, solver, region, gap, threads).run()
+    return _Run(task, method, solver, region, gap, threads, formulation == "tightened").run()
 
 
 @dataclass(eq=False)
@@ -78,6 +91,7 @@ class _Run:
     region: Literal["both", "closed", "strict"]
     gap: float
     threads: int
+    tighten: bool
     used: str = ""
     status: Status = "closed"
     closed_region: float | None = None
@@ -92,13 +106,13 @@ class _Run:
                 f"Use method='miqcqp' or 'branch-and-bound'."
             )
         # Verified if it can be had; the cut-off of the search and the result if the time is short.
-        known = task.upper_certificate()
+        known = task.upper_certificate() if self.tighten else None
         upper = known or task.claim(math.inf, self.method, "lipguard", "no bound before the search")
         try:
             task.sample()
             task.improve()
-            limits = bounds(task.form, task.domain, task.query.norm, deadline=self._half_way())
-            if limits.norm < upper.value:
+            limits = bounds(task.form, task.domain, task.query.norm, tighten=self.tighten, deadline=self._half_way())
+            if self.tighten and limits.norm < upper.value:
                 upper = task.claim(limits.norm, self.method, "lipguard", "product of norms on the domain, in float64")
             upper = self._search(limits, upper)
         except KeyboardInterrupt:
@@ -183,7 +197,7 @@ class _Run:
         if self.task.expired:
             self.status = "time limit"
             return None
-        program = encoding.program(cutoff, self.task.incumbent)
+        program = encoding.program(cutoff, self.task.incumbent) if self.tighten else encoding.program()
         refused = []
         failed = False
         for name in self._order(program):

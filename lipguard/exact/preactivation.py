@@ -98,7 +98,8 @@ def bounds(
         form: the network.
         domain: where x ranges; R^d is homogenised.
         norm: (input, output) norms of the tangents.
-        tighten: whether linear programs tighten the intervals.
+        tighten: whether linear programs tighten the intervals, and products of norms those of the tangents; without it
+            both are plain interval propagation.
         deadline: `time.monotonic()` after which no further linear program is started.
     """
     return _Propagation(form, domain, norm, tighten, deadline).run()
@@ -140,14 +141,14 @@ class _Propagation:
             self._layer(layer)
             blocks = [(form.a[layer], np.ones(d), 1.0)]
             blocks += [(form.b_matrix[layer, s], widths[k], spectral[k]) for k, s in enumerate(form.layers[: len(widths)])]
-            rows, whole = _tangents(blocks, p)
+            rows, whole = _tangents(blocks, p, self.tighten)
             self.tangent[layer] = rows
             factor = self.slope[layer]
             widths.append(rows * factor * (1 + 4 * _EPS))
             spectral.append(min(_outward(np.linalg.norm(widths[-1], p)), _outward(whole * factor.max(initial=0.0))))
         last = [(form.d, np.ones(d), 1.0)]
         last += [(form.c[:, s], widths[k], spectral[k]) for k, s in enumerate(form.layers)]
-        each, whole = _tangents(last, p)
+        each, whole = _tangents(last, p, self.tighten)
         total = _outward(np.linalg.norm(each, q))
         if p == q or (q > p):
             total = min(total, whole)  # ||y||_q <= ||y||_p for q >= p
@@ -298,15 +299,18 @@ def _dual_bound(objective: Matrix, rows: Matrix, right: Matrix, low: Matrix, hig
     return float(total + 8 * (len(objective) + len(right) + 4) * _EPS * mass)
 
 
-def _tangents(blocks: list[tuple[Matrix, Matrix, float]], p: float) -> tuple[Matrix, float]:
-    """Bounds of |t_i| and of ||t||_p for t = sum of block times part, |part| <= width entrywise, ||part||_p <= length."""
+def _tangents(blocks: list[tuple[Matrix, Matrix, float]], p: float, products: bool) -> tuple[Matrix, float]:
+    """Bounds of |t_i| and of ||t||_p for t = sum of block times part, |part| <= width entrywise, ||part||_p <= length.
+
+    Those of |t_i| use the lengths only if `products`.
+    """
     count = blocks[0][0].shape[0]
     each, whole = np.zeros(count), 0.0
     for block, width, length in blocks:
         if not block.any():
             continue
         rows = np.abs(block) @ width
-        each += np.minimum(rows, np.linalg.norm(block, dual(p), axis=1) * length)
+        each += np.minimum(rows, np.linalg.norm(block, dual(p), axis=1) * length) if products else rows
         whole += np.linalg.norm(block, p) * length
     grow = 1 + 1e-12
     each = each * grow
