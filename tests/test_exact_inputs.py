@@ -75,6 +75,8 @@ def test_names_and_norms():
         exact(network, method="miqcqp", solver="cplex")
     with pytest.raises(UnknownName, match=r"region='open'"):
         exact(network, method="miqcqp", region="open")
+    with pytest.raises(UnknownName, match=r"formulation='tight'.*published"):
+        exact(network, method="miqcqp", formulation="tight")
     with pytest.raises(UnsupportedQuery, match="a norm is 1, 2 or inf"):
         exact(network, norm=3)
     with pytest.raises(UnsupportedQuery, match="quadratic"):

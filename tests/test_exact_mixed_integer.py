@@ -12,6 +12,8 @@ from test_exact_enumeration import ABS, FOUR, HARDTANH, LEAKY
 
 import lipguard as lg
 from lipguard.exact import exact
+from lipguard.exact.preactivation import bounds
+from lipguard.exact.problem import problem
 
 INF = math.inf
 BOX = lg.Box(-1.0, 1.0)
@@ -45,6 +47,27 @@ def test_closed_and_strict_miqcqp(name, solver):
         assert below.lower == pytest.approx(true, rel=1e-9)
         assert below.lower_certificate.rigor == "verified"
         assert above.upper_certificate.rigor == "approximate" or above.upper_certificate.value <= closed * (1 + SOLVER)
+
+
+@pytest.mark.parametrize(("solver", "method", "norm"), [("gurobi", "miqcqp", 2), ("scip", "miqcqp", 2), ("highs", "milp", INF)])
+def test_the_published_formulation_has_the_same_maximum(solver, method, norm):
+    for name in ("random-0", "trained-0", "hardtanh"):
+        net = NETS[name]
+        expected = constant(net, BOX, (float(norm), float(norm)))
+        options = {"domain": BOX, "norm": norm, "method": method, "solver": solver, "time_limit": 60}
+        found = exact(net.network(), formulation="published", **options)
+        assert found.upper == pytest.approx(expected, rel=SOLVER) and found.lower == pytest.approx(expected, rel=1e-9)
+        # Nothing of ours bounds it from above.
+        assert found.upper_certificate.rigor == "approximate" and found.upper_certificate.evidence.solver == solver
+
+
+def test_the_published_formulation_knows_intervals_alone():
+    task = problem(NETS["random-1"].network(), lg.Query((2.0, 2.0), BOX))
+    loose, tight = (bounds(task.form, task.domain, (2.0, 2.0), tighten=tighten) for tighten in (False, True))
+    rows = np.abs(task.form.a[task.form.layers[0]]).sum(1)
+    assert loose.tangent[task.form.layers[0]] == pytest.approx(rows, rel=1e-9)
+    assert (loose.tangent >= tight.tangent).all() and (loose.tangent > tight.tangent * 1.01).any()
+    assert (loose.lower <= tight.lower).all() and (loose.upper >= tight.upper).all()
 
 
 @pytest.mark.parametrize("solver", ["gurobi", "scip", "highs"])

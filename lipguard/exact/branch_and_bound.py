@@ -1,7 +1,8 @@
 """Branch and bound on activation phases: exact constants for any norm, with leaves that the checker accepts.
 
 A node fixes the phases of some neurons. Ranges and phases that follow are derived by the checker's own rigorous
-propagation; a linear program refutes assignments that no input has, with multipliers as evidence, or yields an input.
+propagation; linear programs refute assignments that no input has, with multipliers as evidence, or yield an input. Those
+of all neurons of all new nodes are solved as one batch, so that only neurons that divide their node are branched on.
 For the 2-norm LipSDP over the neurons still free bounds every region below the node, from the parent's multipliers,
 and only until it falls under the incumbent; for other norms interval Jacobians do (Bhowmick et al., LipBaB,
 arXiv:2105.05495). The search takes the largest bounds first and can be stopped at any time: the nodes left are leaves.
@@ -29,7 +30,7 @@ from lipguard.exact.memory import memory_share
 from lipguard.exact.node_bounds import node_bounds
 from lipguard.exact.problem import problem
 from lipguard.exact.search import BATCH, FINE, Child, Known, Node, Search
-from lipguard.exact.settling import Refuted, settle
+from lipguard.exact.sides import Decided, decide
 from lipguard.network import Network
 from lipguard.solvers.threads import one_thread
 from lipguard.verify import verify
@@ -41,9 +42,9 @@ from lipguard.verify.substitution import Reduced, reduce
 _LOGGER = logging.getLogger("lipguard.exact")
 _BATCH_SECONDS = 0.5
 """A batch is made smaller where it would take longer: the time limit is looked at in between."""
-_SOON = 0.5
+_SOON = 0.25
 _FINE_SECONDS = 1.0
-"""A search that ended as soon as this goes on to a gap of `FINE`, for as long as this may take."""
+"""A search that took no more processor time than this goes on to a gap of `FINE`, for as long as this may take."""
 _SMALLEST = 1e-100
 """Least value that is claimed: its square must be a number."""
 _MEMORY = 0.8
@@ -66,6 +67,7 @@ def branch_and_bound(network: Network, query: Query, *, time_limit: float | None
         form = phase_form(network, query.domain)
         deadline = math.inf if time_limit is None else time.monotonic() + time_limit
         search = Search(form, task, gap, deadline)
+        began = time.thread_time()
         try:
             task.sample()
             task.improve(seconds=2.0)
@@ -76,7 +78,7 @@ def branch_and_bound(network: Network, query: Query, *, time_limit: float | None
         if not search.evidence:
             _roots(search)  # a bound there must be
         value, evidence = search.upper, search.evidence
-        if status == "closed" and gap > FINE and time.monotonic() - task.started < _SOON:
+        if status == "closed" and gap > FINE and time.thread_time() - began < _SOON:
             value, evidence = _refine(search)
         return _conclude(search, status, value, evidence, gap)
 
@@ -112,7 +114,7 @@ def _refine(search: Search) -> tuple[float, tuple[Leaf, ...]]:
     search.proved, search.heap = max((node.bound for node in search.done), default=0.0), []
     if again:
         try:
-            _evaluate(search, *_columns([(node, node.decisions, node.known) for node in again]))
+            _evaluate(search, *_columns([(node, node.decisions, node.points[0]) for node in again]))
         except KeyboardInterrupt:
             return value, evidence
     finished = _run(search) == "closed" and search.closed == closed
@@ -134,63 +136,19 @@ def _expand(search: Search) -> None:
             else:
                 parents.append(node)
             heapq.heappop(search.heap)
-        divided, leaves = _settle(search, parents, children)
-        for node in divided:
+        for node in parents:
             for piece in range(len(search.form.pieces)):
                 child = node.decisions.clone()
                 child[node.branch] = piece
-                own = node.known is not None and int(node.known[1][node.branch]) == piece
-                children.append((node, child, node.known if own else None))
+                children.append((node, child, next((known for known in node.points if _within(known, child)), None)))
         if parents:
-            _evaluate(search, *_columns(children), leaves)
+            _evaluate(search, *_columns(children))
             each = (time.monotonic() - started) / len(parents)
             search.batch = max(1, min(BATCH, int(_BATCH_SECONDS / each)))
     except KeyboardInterrupt:
         for node in parents:
             search.push(node)
         raise
-
-
-def _settle(search: Search, parents: list[Node], children: list[Child]) -> tuple[list[Node], list[Leaf]]:
-    """Decide neurons that do not divide their node: those nodes become children with more decisions.
-
-    Returns:
-        The nodes still to be divided, and leaves for what was refuted.
-    """
-    form = search.form
-    first = form.layers[0].stop if form.layers else 0
-    divided = [node for node in parents if node.known is None or node.branch < first]
-    asked = [(node, node.known[1]) for node in parents if node.known is not None and node.branch >= first]
-    leaves: list[Leaf] = []
-    if not asked:
-        return divided, leaves
-    ranges = propagate(form, torch.stack([node.decisions for node, _ in asked]), torch.tensor([node.part for node, _ in asked]))
-    reduced = reduce(form, ranges)
-    found = [(k, item) for k, (_, pattern) in enumerate(asked) for item in settle(form, ranges, reduced, k, pattern)]
-    sure: list[list[Refuted]] = [[] for _ in asked]
-    if found:
-        rows = ranges.pick(torch.tensor([k for k, _ in found]))
-        for row, (_, (neuron, piece, _)) in enumerate(found):
-            rows.phases[row, neuron] = piece
-        proved = refutes(form, rows, torch.stack([farkas for _, (_, _, farkas) in found])).tolist()
-        doubtful = {(k, neuron) for (k, (neuron, _, _)), ok in zip(found, proved, strict=True) if not ok}
-        for k, item in found:
-            if (k, item[0]) not in doubtful:
-                sure[k].append(item)
-    for (node, pattern), items in zip(asked, sure, strict=True):
-        decisions = node.decisions.clone()
-        for neuron in dict.fromkeys(neuron for neuron, _, _ in items):
-            for _, piece, farkas in (item for item in items if item[0] == neuron):
-                leaf = decisions.clone()
-                leaf[neuron] = piece
-                leaves.append(Leaf(leaf.to(torch.int8), empty=True, farkas=farkas, part=node.part))
-            decisions[neuron] = int(pattern[neuron])
-        if items:
-            children.append((node, decisions, node.known))
-        else:
-            divided.append(node)
-    search.refuted += len(leaves)
-    return divided, leaves
 
 
 def _columns(children: list[Child]) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Known]]:
@@ -208,15 +166,13 @@ def _evaluate(
     t: Tensor,
     rho: Tensor,
     points: list[Known],
-    settled: list[Leaf] | None = None,
 ) -> None:
     """Bound new nodes; nothing is added to the search before all of it succeeded."""
     form, task = search.form, search.task
     ranges = propagate(form, decisions, parts)
     empty = ranges.empty.tolist()
     search.nodes += len(decisions)
-    leaves = list(settled or [])
-    leaves += [Leaf(decisions[i].to(torch.int8), empty=True, part=int(parts[i])) for i in range(len(decisions)) if empty[i]]
+    leaves = [Leaf(decisions[i].to(torch.int8), empty=True, part=int(parts[i])) for i in range(len(decisions)) if empty[i]]
     alive = (~ranges.empty).nonzero()[:, 0]
     nodes: list[Node] = []
     if len(alive):
@@ -235,27 +191,33 @@ def _evaluate(
         search.refuted += int(refuted.sum())
         for i, outcome in enumerate(found):
             if outcome is not None and not refuted[i]:
-                points[i] = _try_point(search, outcome, ranges.phases[i])
+                point = _try_point(search, outcome.point)
+                points[i] = point if _within(point, ranges.phases[i]) else None
                 if outcome.margin <= THIN:
                     points[i] = None  # a child's own program must find out whether it is flat
                     refuted[i] = _flat(search, leaves, decisions[i], ranges, reduced, i, int(parts[i]))
         kept = (~refuted).nonzero()[:, 0]
         if len(kept):
-            chosen = ranges.pick(kept)
             norm = task.query.norm
-            bounds, multipliers, branches = node_bounds(form, norm, chosen, reduced.pick(kept), t[kept], rho[kept], search.effort)
+            points = [points[i] for i in kept.tolist()]
+            settled = _decide(search, decisions[kept], parts[kept], ranges.pick(kept), reduced.pick(kept), points)
+            leaves += settled.leaves
+            decisions, parts, ranges, reduced = settled.decisions, parts[kept], settled.ranges, settled.reduced
+            bounds, multipliers, branches = node_bounds(form, norm, ranges, reduced, t[kept], rho[kept], search.effort)
             if search.fine and norm == (2.0, 2.0):
                 # So near the optimum the checker's rounding counts: what it refuses must be branched.
-                proved = semidefinite(form, reduced.pick(kept), multipliers, search.target)
+                proved = semidefinite(form, reduced, multipliers, search.target)
                 bounds = torch.where(proved | (branches < 0), bounds, bounds.clamp_min(search.target * (1 + 1e-9)))
-            for row, i in enumerate(kept.tolist()):
-                node = Node(decisions[i], ranges.phases[i], float(bounds[row]), multipliers[row], int(branches[row]))
-                node.part, node.known = int(parts[i]), points[i]
-                if node.branch < 0 and node.bound > search.target:
+            for i, bound in enumerate(bounds.tolist()):
+                node = Node(decisions[i], ranges.phases[i], bound, multipliers[i], int(branches[i]), part=int(parts[i]))
+                if bound > search.target and node.branch < 0:
                     # A single region: its norm is attained if it has an interior, and else only on the closed side.
                     found_interior = task.consider(search.own(node.phases.numpy().astype(np.intp)))
                     if not found_interior.exists and _flat(search, leaves, decisions[i], ranges, reduced, i, node.part):
                         continue
+                elif bound > search.target:
+                    other = settled.beyond[i].get(node.branch)
+                    node.points = (points[i], None if other is None else _try_point(search, other))
                 nodes.append(node)
     search.leaves += leaves
     for node in nodes:
@@ -277,27 +239,41 @@ def _flat(search: Search, leaves: list[Leaf], decisions: Tensor, ranges: Ranges,
     return weights is not None
 
 
-def _try_point(search: Search, outcome: Feasibility, phases: Tensor) -> Known:
-    """Use a point of the relaxation: its true region may improve the incumbent, and may lie in the node."""
+def _decide(search: Search, decisions: Tensor, parts: Tensor, ranges: Ranges, reduced: Reduced, points: list[Known]) -> Decided:
+    """Decide the neurons that do not divide their regions."""
+    patterns = ranges.phases.clamp_min(0)
+    for i, point in enumerate(points):
+        if point is not None:
+            patterns[i] = torch.from_numpy(point[1])
+    settled = decide(search.form, decisions, parts, ranges, reduced, patterns)
+    search.refuted += len(settled.leaves)
+    return settled
+
+
+def _try_point(search: Search, point: np.ndarray) -> Known:
+    """An input of the phase form with its pattern, whose region may improve the incumbent; None if it is no input at all."""
     task = search.task
-    x: np.ndarray = outcome.point
     if search.form.directions:
-        if len(x) > task.form.inputs:
-            if x[-1] <= 1e-12:
-                return None
-            x = x[:-1] / x[-1]
+        if len(point) > task.form.inputs and point[-1] <= 1e-12:
+            return None
     elif task.query.domain is not None:
-        x = task.query.domain.project(torch.from_numpy(x)).numpy()
-        outcome = replace(outcome, point=x)
-    pattern = pattern_at(search.form, outcome.point)
+        point = task.query.domain.project(torch.from_numpy(point)).numpy()
+    pattern = pattern_at(search.form, point)
     key = pattern.astype(np.int8).tobytes()
     if key not in search.seen:
         search.seen.add(key)
         own = search.own(pattern)
         if task.norm(own)[0] > task.lower:
             task.consider(own)
+    return point, pattern
+
+
+def _within(known: Known, phases: Tensor) -> bool:
+    """Whether a known input has the phases that are not free."""
+    if known is None:
+        return False
     fixed = phases.numpy() >= 0
-    return (x, pattern) if bool((pattern[fixed] == phases.numpy()[fixed]).all()) else None
+    return bool((known[1][fixed] == phases.numpy()[fixed]).all())
 
 
 def _refuted(form: PhaseForm, ranges: Ranges, found: list[Feasibility | None]) -> Tensor:

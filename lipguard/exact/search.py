@@ -25,7 +25,7 @@ _CAREFUL = 40
 """Iterations of the semidefinite programs of ordinary nodes; of roots and fine searches."""
 
 Known = tuple[np.ndarray, np.ndarray] | None
-"""A point of a region with its pattern, if one is known."""
+"""An input of the phase form with its pattern, if one is known."""
 
 
 @dataclass(eq=False)
@@ -38,7 +38,7 @@ class Node:
         bound: upper bound of the norm over the node's regions.
         t: multipliers that prove it, (n,); only for the 2-norm.
         branch: the neuron to branch on next; -1 if none is free.
-        known: an input with these phases, if one is known, with its pattern.
+        points: an input with these phases and one on another side of the branching neuron's break, where they are known.
         part: the part of the domain.
     """
 
@@ -47,7 +47,7 @@ class Node:
     bound: float
     t: Tensor
     branch: int
-    known: Known = None
+    points: tuple[Known, Known] = (None, None)
     part: int = 0
 
     @property
