@@ -122,15 +122,15 @@ class PiecewiseForm:
 
     def pattern_at(self, x: Matrix) -> Pattern:
         """The pattern of the point x; at a break point, the piece left of it."""
+        slopes, offsets, _, high = self._tables
         pattern = np.zeros(self.size, dtype=np.intp)
         w = np.zeros(self.size)
         for layer in self.layers:
             s = slice(0, layer.start)
             p = self.a[layer] @ x + self.b_matrix[layer, s] @ w[s] + self.bias[layer]
-            for i, value in zip(range(layer.start, layer.stop), p, strict=True):
-                neuron = self.neurons[i]
-                pattern[i] = np.searchsorted(neuron.breaks, value)
-                w[i] = neuron.slopes[pattern[i]] * value + neuron.offsets[pattern[i]]
+            pattern[layer] = piece = (p[:, None] > high[layer]).sum(1)
+            place = (np.arange(layer.start, layer.stop), piece)
+            w[layer] = slopes[place] * p + offsets[place]
         return pattern
 
 
