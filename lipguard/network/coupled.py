@@ -119,8 +119,10 @@ class Sort(Coupling):
 class Reflection(Coupling):
     """z where v'z > 0, (I - 2 v v') z elsewhere, in every group: a Householder activation.
 
-    Both sides agree where v'z = 0, for any v: the function is continuous and equals (I - v v') z + v |v'z|, whether or
-    not |v| is 1. Attributes:
+    Both sides agree where v'z = 0, for any v: the function is continuous and equals z + 2 v max(-v'z, 0), whether or
+    not |v| is 1.
+
+    Attributes:
         index: a permutation of all entries, (groups, entries of each).
         directions: v of each group, the shape of `index`, float64.
     """

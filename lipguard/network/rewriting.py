@@ -1,4 +1,4 @@
-"""Coupled nodes made of affine maps and absolute values, exactly.
+"""Coupled nodes made of affine maps, absolute values and ReLUs, exactly.
 
     max(a, b) = (a + b)/2 + |a - b|/2        min(a, b) = (a + b)/2 - |a - b|/2
 
@@ -24,6 +24,9 @@ A larger group is sorted in one of two ways.
 A maximum over a window is a tree of pairs without their minima: max(a, b)^2 <= a^2 + b^2 follows from the same
 constraint (multiplier 1: (s + w)^2 <= 2 s^2 + 2 w^2 <= 2 s^2 + 2 d^2), so that LipSDP of a pooling layer is at most the
 root of the number of windows that an entry lies in.
+
+A reflection is z + 2 v relu(-v'z). For |v| = 1 the constraint w (p - w) >= 0, p = -v'z, is |y|^2 <= |z|^2 itself:
+|z|^2 - |y|^2 = 4 p w - 4 w^2.
 """
 
 from __future__ import annotations
@@ -35,13 +38,13 @@ import torch
 from torch import Tensor
 
 from lipguard.network import Activation, Affine, Coupled, Input, Network, Node, Sum
-from lipguard.network.activations import absolute
+from lipguard.network.activations import PiecewiseLinear, absolute, relu
 from lipguard.network.coupled import Maxima, Reflection, Sort
 from lipguard.network.operators import Diagonal, Index, Operator
 
 
 def elementwise(network: Network) -> Network:
-    """The same function without coupled nodes: every neuron is |.| of one pre-activation, or an activation as before."""
+    """The same function without coupled nodes: every neuron is a function of one pre-activation."""
     return _rewritten(network, tied=False)
 
 
@@ -81,8 +84,8 @@ class _Emitter:
     def sum(self, *sources: int) -> int:
         return self.put(Sum(sources, self.name))
 
-    def magnitude(self, source: int) -> int:
-        function, device = absolute(), self._device
+    def neuron(self, source: int, function: PiecewiseLinear) -> int:
+        device = self._device
         function.breaks, function.pieces = function.breaks.to(device), function.pieces.to(device)
         function.value = function.value.to(device)
         return self.put(Activation(source, function, self.name))
@@ -146,7 +149,7 @@ def _compare(emitter: _Emitter, source: int, size: int, larger: Tensor, smaller:
     sign = sign.to(larger.device)
     sign[larger], sign[smaller] = 1.0, -1.0
     a, b = (emitter.affine(source, Index(places, size)) for places in (larger, smaller))
-    w = emitter.magnitude(emitter.half(a, b, count, -1.0))
+    w = emitter.neuron(emitter.half(a, b, count, -1.0), absolute())
     middle = emitter.half(source, emitter.affine(source, Index(partner, size)), size)
     return emitter.sum(middle, emitter.affine(w, Index(neuron, count), emitter.scale(sign, size)))
 
@@ -173,7 +176,7 @@ def _maxima(emitter: _Emitter, source: int, size: int, table: Tensor) -> int:
         differ = (first != second).nonzero()[:, 0]
         if len(differ):
             a, b = (emitter.affine(source, Index(places[differ], size)) for places in (first, second))
-            w = emitter.magnitude(emitter.half(a, b, len(differ), -1.0))
+            w = emitter.neuron(emitter.half(a, b, len(differ), -1.0), absolute())
             neuron = torch.full_like(first, -1)
             neuron[differ] = torch.arange(len(differ), device=neuron.device)
             middle = emitter.sum(middle, emitter.affine(w, Index(neuron, len(differ))))
@@ -182,15 +185,13 @@ def _maxima(emitter: _Emitter, source: int, size: int, table: Tensor) -> int:
 
 
 def _reflection(emitter: _Emitter, source: int, size: int, function: Reflection) -> int:
-    """(I - v v') z + v |v'z|."""
+    """z + 2 v relu(-v'z)."""
     groups = len(function.index)
     spread = Index(function.groups(size), groups)
     direction = torch.zeros(size, dtype=torch.float64, device=spread.device)
     direction = direction.index_put((function.index.flatten(),), function.directions.flatten())
-    along = emitter.scale(direction, size)
-    p = emitter.affine(source, along, spread.transpose())
-    w = emitter.magnitude(p)
-    return emitter.sum(source, emitter.affine(p, spread, emitter.scale(-direction, size)), emitter.affine(w, spread, along))
+    w = emitter.neuron(emitter.affine(source, emitter.scale(-direction, size), spread.transpose()), relu())
+    return emitter.sum(source, emitter.affine(w, spread, emitter.scale(2 * direction, size)))
 
 
 def _tied_sort(emitter: _Emitter, source: int, size: int, function: Sort) -> int:

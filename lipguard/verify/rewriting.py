@@ -1,9 +1,9 @@
-"""Coupled nodes as the checks read them: affine maps and neurons |.|, derived here anew, exact in real arithmetic.
+"""Coupled nodes as the checks read them: affine maps and neurons, derived here anew, exact in real arithmetic.
 
 What a neuron is, and their order, is a convention with the provers, whose multipliers and phases come in it:
 
     a pair a, b of a sort, or of the tree of a maximum:  w = |(a - b)/2|,  max = (a + b)/2 + w,  min = (a + b)/2 - w
-    a reflection along v:                                w = |v'z|,        result = z - v (v'z) + v w
+    a reflection along v:                                w = max(-v'z, 0),  result = z + 2 v w
     a tied group of g > 2:                               v = sort(u), all of u at once (see `slope_restricted`)
 
 Every coefficient below is a floating-point number that stands for itself, so that the rewritten network is the same
@@ -98,9 +98,10 @@ class _Nodes:
     def times(self, source: int, factor: float | Tensor, size: int) -> int:
         return self.apply(source, Diagonal(torch.as_tensor(factor, dtype=torch.float64, device=self.device), size))
 
-    def absolute(self, source: int) -> int:
-        numbers = (torch.tensor(values, dtype=torch.float64, device=self.device) for values in ([0.0], [-1.0, 1.0]))
-        return self.add(Activation(source, PiecewiseLinear("abs", *numbers, torch.zeros((), dtype=torch.float64, device=self.device))))
+    def neuron(self, source: int, left: float, right: float) -> int:
+        """Slope `left` below 0, `right` above."""
+        breaks, pieces, value = (torch.tensor(v, dtype=torch.float64, device=self.device) for v in ([0.0], [left, right], 0.0))
+        return self.add(Activation(source, PiecewiseLinear("neuron", breaks, pieces, value)))
 
 
 def _rewritten(network: Network, tied: bool) -> Network:
@@ -144,7 +145,7 @@ def _exchange(out: _Nodes, source: int, size: int, pairs: list[tuple[int, int]])
     """The larger of every pair to its first place, the smaller to its second."""
     upper, lower = (out.read(source, [pair[side] for pair in pairs], size) for side in (0, 1))
     n = len(pairs)
-    w = out.absolute(out.times(out.add(Sum((upper, out.times(lower, -1.0, n)))), 0.5, n))
+    w = out.neuron(out.times(out.add(Sum((upper, out.times(lower, -1.0, n)))), 0.5, n), -1.0, 1.0)
     # y = x + (x_partner - x)/2 +- w for members of pairs; x itself for others.
     partner, own, first, second = list(range(size)), [0.0] * size, [-1] * size, [-1] * size
     for k, (i, j) in enumerate(pairs):
@@ -191,7 +192,7 @@ def _windows(out: _Nodes, source: int, size: int, table: list[list[int]]) -> int
         proper = [k for k, pair in enumerate(entries) if pair[0] != pair[1]]
         if proper:
             apart = out.add(Sum((a, out.times(b, -1.0, count))))
-            w = out.absolute(out.times(out.read(apart, proper, count), 0.5, len(proper)))
+            w = out.neuron(out.times(out.read(apart, proper, count), 0.5, len(proper)), -1.0, 1.0)
             number = {k: j for j, k in enumerate(proper)}
             spread = out.read(w, [number.get(k, -1) for k in range(count)], len(proper))
             source = out.add(Sum((out.times(double, 0.5, count), spread)))
@@ -207,16 +208,13 @@ def _join(places: list[int]) -> tuple[int, int] | None:
 
 
 def _reflection(out: _Nodes, source: int, size: int, function: Reflection) -> int:
-    """z - v (v'z) + v |v'z|: z where v'z >= 0, z - 2 v (v'z) elsewhere."""
+    """z + 2 v w, w = max(-v'z, 0): z where v'z >= 0, z - 2 v (v'z) elsewhere."""
     owner, v = torch.empty(size, dtype=torch.int64), torch.empty(size, dtype=torch.float64)
     for k, (places, direction) in enumerate(zip(function.index.tolist(), function.directions.tolist(), strict=True)):
         owner[places], v[places] = k, torch.tensor(direction, dtype=torch.float64)
-    groups = len(function.index)
-    own = Index(owner.to(out.device), groups)
-    inner = out.apply(out.times(source, v, size), own.transpose())
-    w = out.absolute(inner)
-    back, along = (out.times(out.apply(node, own), factor, size) for node, factor in ((inner, -v), (w, v)))
-    return out.add(Sum((source, back, along)))
+    own = Index(owner.to(out.device), len(function.index))
+    w = out.neuron(out.apply(out.times(source, -v, size), own.transpose()), 0.0, 1.0)
+    return out.add(Sum((source, out.times(out.apply(w, own), 2 * v, size))))
 
 
 def _tied(out: _Nodes, source: int, size: int, index: Tensor) -> int:
