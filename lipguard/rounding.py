@@ -65,11 +65,24 @@ def proves_positive_definite(matrix: Tensor, radius: Callable[[Tensor], Tensor] 
         True is a proof. False proves nothing.
     """
     batched = None if radius is None else lambda v: radius(v[0])[None]
-    return bool(prove_positive_definite(matrix[None], batched)[0])
+    if bool(prove_positive_definite(matrix[None], batched)[0]):
+        return True
+    if radius is None or matrix.shape[0] == 0:
+        return False
+    # Where large terms cancel on the diagonal, scaling it to 1 blows their radius up beside entries that did not cancel.
+    # Then the radius is made even instead.
+    spread = radius(matrix.new_ones(matrix.shape[0]))
+    if not bool(((spread > 0) & spread.isfinite()).all()):
+        return False
+    return bool(prove_positive_definite(matrix[None], batched, (spread / spread.max())[None])[0])
 
 
-def prove_positive_definite(matrices: Tensor, radius: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def prove_positive_definite(
+    matrices: Tensor, radius: Callable[[Tensor], Tensor] | None = None, size: Tensor | None = None
+) -> Tensor:
     """The same for a batch (K, n, n), with `radius` from (K, n) to (K, n); returns (K,) of bool.
+
+    Rows and columns are scaled to a diagonal of ones, or by `size` (K, n) > 0 in its place.
 
     Method: Rump 2006, Theorem 2.3 with Corollary 2.4. If Cholesky of A - c I, in floating point, runs to
     completion, then A - c I + E = R'R with |E| <= gamma_{n+1} / (1 - gamma_{n+1}) d d', d_i = sqrt(a_ii); hence
@@ -84,15 +97,16 @@ def prove_positive_definite(matrices: Tensor, radius: Callable[[Tensor], Tensor]
     proved = ((diagonal > 0) & diagonal.isfinite()).all(-1)
     diagonal = torch.where(proved[:, None], diagonal, torch.ones_like(diagonal))
     # s_i a power of two with s_i^2 a_ii in [1/2, 2): exact as long as nothing under- or overflows.
-    exponent = torch.frexp(diagonal).exponent
+    exponent = torch.frexp(diagonal if size is None else size).exponent
     scale = torch.ldexp(torch.ones_like(diagonal), -torch.div(exponent, 2, rounding_mode="floor"))
     scaled = (matrices * scale[:, :, None]).mul_(scale[:, None, :])
     # The norm of S R S is at most its largest row sum, the largest entry of s * (R s).
     slack = 0.0 if radius is None else (scale * radius(scale)).amax(-1) * (1 + 2**-40)
     trace = sum_up(scaled.diagonal(dim1=-2, dim2=-1).clamp_min(0), dim=-1)
     shift = 2 * gamma(n + 4) * (1 + 4 * gamma(n + 4)) * trace + slack + 4 * n * n * TINY
-    # Subtracting the shift from a diagonal entry (below 2) rounds by at most u (2 + shift), counted twice.
-    shift = shift + 4 * UNIT * (2 + shift)
+    # Subtracting the shift from a diagonal entry (below 2, or the largest) rounds by at most u (2 + shift), counted twice.
+    top = scaled.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(2)
+    shift = shift + 4 * UNIT * (top + shift)
     proved &= shift.isfinite()
     scaled.diagonal(dim1=-2, dim2=-1).sub_(shift[:, None])
     # A nan or an infinity in the matrix makes the factorisation fail or shows in its diagonal.

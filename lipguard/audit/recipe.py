@@ -17,7 +17,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lipguard.audit.encoding import from_plain, to_plain
 from lipguard.errors import NotCertified
-from lipguard.network import Activation, Affine, Elementwise, Input, Network, Node, Operator, Sum, activations, operators, smooth
+from lipguard.network import (
+    Activation,
+    Affine,
+    Coupled,
+    Coupling,
+    Elementwise,
+    Input,
+    Network,
+    Node,
+    Operator,
+    Sum,
+    activations,
+    coupled,
+    operators,
+    smooth,
+)
 from lipguard.network.capture import capture
 
 __all__ = ["Recipe", "captured", "rebuild", "recipe_of"]
@@ -33,7 +48,7 @@ _EXACT = frozenset({
 })  # fmt: skip
 """aten operations without side effects whose result IEEE 754 fixes to the bit: entrywise, one rounding, no long sums."""
 
-_NODES = {kind.__name__: kind for kind in (Input, Affine, Activation, Sum)}
+_NODES = {kind.__name__: kind for kind in (Input, Affine, Activation, Sum, Coupled)}
 _DROPPED = ("device", "layout", "pin_memory", "non_blocking", "memory_format")
 _LONGEST = 64
 """A tensor behind more operations than this is stored."""
@@ -273,7 +288,7 @@ def _part(value: Any, tensors: list[Tensor]) -> Any:
     fields = {name: _part(field, tensors) for name, field in value.items() if name != "kind"}
     if value["kind"] in ("PiecewiseLinear", "Smooth"):
         return _function(value["kind"], fields)
-    return cast("Operator", _operator(value["kind"])(**fields))
+    return cast("Operator | Coupling", _operator(value["kind"])(**fields))
 
 
 def _function(kind: str, fields: dict[str, Any]) -> Elementwise:
@@ -288,7 +303,7 @@ def _function(kind: str, fields: dict[str, Any]) -> Elementwise:
 
 
 def _operator(kind: str) -> type:
-    found = getattr(operators, kind)
+    found = getattr(operators if hasattr(operators, kind) else coupled, kind)
     if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
         raise ValueError(f"no operator is called {kind!r}")
     return found

@@ -56,6 +56,8 @@ class LipSDP:
 def lipsdp(fb: Feedback, tied: bool = False) -> LipSDP:
     """LipSDP of a feedback form.
 
+    Neurons that share a multiplier (`fb.groups`) are sorts, all with slopes [-1, 1]: the change of variables keeps the tie.
+
     Args:
         fb: the feedback form with slope intervals.
         tied: one multiplier a layer (`lipsdp-layer`) instead of one a neuron (`lipsdp-neuron`).
@@ -95,7 +97,15 @@ def lipsdp(fb: Feedback, tied: bool = False) -> LipSDP:
         groups = torch.cat([index[:0], *(torch.full_like(index[:size], k) for k, size in enumerate(program.sizes))])
         uniform = bool((weights == weights[:1]).all())
         program = SlopeProgram(program.sizes, program.channels, program.rows, program.out, groups, None if uniform else weights)
-    return LipSDP(program, squares, order, transposed, _balance(fb))
+    elif fb.groups is not None:
+        groups = fb.groups[order].unique(return_inverse=True)[1]
+        program = SlopeProgram(program.sizes, program.channels, program.rows, program.out, groups)
+    balance = _balance(fb)
+    if fb.groups is not None:
+        # Scaling old multipliers by the change of this keeps the tie.
+        means = torch.zeros_like(balance).scatter_reduce_(0, fb.groups, balance, "mean", include_self=False)
+        balance = means[fb.groups]
+    return LipSDP(program, squares, order, transposed, balance)
 
 
 def _balance(fb: Feedback) -> Tensor:

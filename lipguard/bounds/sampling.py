@@ -56,10 +56,11 @@ class Sampling:
             raise UnsupportedQuery(f"sampling evaluates Jacobian norms from 1, to inf, and (2, 2), not {query.norm}.")
         deadline = math.inf if self.time_limit is None else began + self.time_limit
         x, v = self._start(network, query.domain, state)
+        neurons = network.elementwise
         with torch.inference_mode(False), torch.enable_grad():
-            x, v = _ascend(network, query, x, v, self.steps, deadline)
+            x, v = _ascend(neurons, query, x, v, self.steps, deadline)
         with torch.no_grad():
-            norms, directions = _jacobian_norms(network, x, v, query.norm)
+            norms, directions = _jacobian_norms(neurons, x, v, query.norm)
         best = int(norms.argmax())
         witness = Witness(x[best], directions[best])
         proposed = Certificate(float(norms[best]), "lower", query.norm, query.domain, network.digest, "sampling", witness)

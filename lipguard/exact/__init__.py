@@ -99,7 +99,7 @@ def exact(
 
 def choose(network: Network, query: Query) -> tuple[str, str]:
     """The method `auto` takes for a query, and a sentence that says why: branch and bound wherever it answers."""
-    size = f"{network.inputs} inputs, {network.neurons} neurons"
+    size = f"{network.inputs} inputs, {network.elementwise.neurons} neurons"
     p, q = query.norm
     if query.norm != (2.0, 2.0) and p != 1 and q != math.inf:
         refusal = f"branch and bound has no bound for norm ({p:g}, {q:g})"
@@ -119,7 +119,7 @@ def without_interior(network: Network, query: Query) -> tuple[str, str]:
     known = bounds(task.form, task.domain, query.norm, deadline=time.monotonic() + _BOUNDS_SECONDS)
     regions = region_estimate(task.form, known)
     count = "more than 1e12" if math.isinf(regions) else f"at most {regions:.0f}"
-    size = f"{network.inputs} inputs, {network.neurons} neurons, {len(known.doubtful)} of them in doubt, {count} regions"
+    size = f"{network.inputs} inputs, {network.elementwise.neurons} neurons, {len(known.doubtful)} of them in doubt, {count} regions"
     kind = kind_of(query, network.inputs, network.outputs)
     packages = {"gurobi": "gurobipy", "scip": "pyscipopt", "highs": "highspy"}
     installed = [name for name in SOLVERS[kind] if importlib.util.find_spec(packages[name])]
@@ -139,7 +139,7 @@ def _refusal(network: Network, query: Query) -> str | None:
     ]
     if any(bool((at != 0).any()) for at in breaks):
         return "on all of R^d branch and bound needs break points at 0"
-    n, d = network.neurons, network.inputs
+    n, d = network.elementwise.neurons, network.inputs
     if (2 * d + 1) * n * (n + d) > _ENTRIES:
         return f"on all of R^d branch and bound would start with {2 * d + 1} parts of {n} neurons each"
     return None

@@ -140,6 +140,7 @@ def piecewise_form(network: Network) -> PiecewiseForm:
     Raises:
         UnsupportedQuery: an activation is not piecewise linear.
     """
+    network = network.elementwise
     neurons: list[Neuron] = []
     for i in network.activations:
         node = network.nodes[i]

@@ -1,4 +1,4 @@
-"""A network as mathematics: nodes in topological order, each an affine map, an activation or a sum.
+"""A network as mathematics: nodes in topological order, each an affine map, an activation, a sum or a coupled function.
 
 Values are vectors, one row per sample; everything is float64. A `Network` evaluates itself, states its feedback
 form for the semidefinite programs, and carries a digest of its structure and exact weight bits.
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from lipguard.network.activations import Elementwise
+from lipguard.network.coupled import Coupling, Sort
 from lipguard.network.operators import Conv, Dense, Diagonal, Index, Operator
 
 __all__ = [
-    "Activation", "Affine", "Conv", "Dense", "Diagonal", "Elementwise", "Feedback", "Index", "Input", "Network", "Node",
-    "Operator", "Sum",
+    "Activation", "Affine", "Conv", "Coupled", "Coupling", "Dense", "Diagonal", "Elementwise", "Feedback", "Index", "Input",
+    "Network", "Node", "Operator", "Sum",
 ]  # fmt: skip
 
 
@@ -59,7 +60,16 @@ class Sum:
     name: str = ""
 
 
-Node = Input | Affine | Activation | Sum
+@dataclass(frozen=True, eq=False)
+class Coupled:
+    """A function of groups of entries of the value of `source`: a maximum, a sort, a reflection."""
+
+    source: int
+    function: Coupling
+    name: str = ""
+
+
+Node = Input | Affine | Activation | Sum | Coupled
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +83,8 @@ class Feedback:
         out: the blocks of y by source, likewise (D under -1, C under l).
         alpha, beta: slope interval of every neuron, concatenated, shape (sum of sizes,).
         outputs: m, the number of outputs.
+        groups: index of the multiplier of each neuron, (sum of sizes,), where some must share one: the neurons of a sort,
+            of which only the sum of squares is known not to grow. None for one each.
     """
 
     inputs: int
@@ -82,6 +94,7 @@ class Feedback:
     out: Mapping[int, Tensor]
     alpha: Tensor
     beta: Tensor
+    groups: Tensor | None = None
 
     @cached_property
     def slices(self) -> tuple[slice, ...]:
@@ -133,6 +146,8 @@ class Network:
                     sizes.append(sizes[node.source])
                 case Sum():
                     sizes.append(sizes[node.sources[0]])
+                case Coupled():
+                    sizes.append(node.function.outputs)
         return tuple(sizes)
 
     @property
@@ -142,13 +157,28 @@ class Network:
 
     @cached_property
     def activations(self) -> tuple[int, ...]:
-        """Indices of the activation nodes: the order of the multipliers."""
-        return tuple(i for i, node in enumerate(self.nodes) if isinstance(node, Activation))
+        """Indices of the activation nodes, and of tied neurons in `slope_restricted`: there, the order of the multipliers."""
+        return tuple(i for i, node in enumerate(self.nodes) if isinstance(node, Activation) or _tied(node) is not None)
 
     @property
     def neurons(self) -> int:
-        """Number of neurons n over all activation nodes."""
-        return sum(self.sizes[i] for i in self.activations)
+        """Number of neurons n of the feedback form."""
+        network = self.slope_restricted
+        return sum(network.sizes[i] for i in network.activations)
+
+    @cached_property
+    def elementwise(self) -> Network:
+        """The same function without coupled nodes, for methods that look at one neuron at a time; itself if it has none."""
+        from lipguard.network.rewriting import elementwise
+
+        return elementwise(self)
+
+    @cached_property
+    def slope_restricted(self) -> Network:
+        """The network whose feedback form LipSDP takes; itself without coupled nodes."""
+        from lipguard.network.rewriting import slope_restricted
+
+        return slope_restricted(self)
 
     @property
     def device(self) -> torch.device:
@@ -157,7 +187,7 @@ class Network:
             if isinstance(node, Affine):
                 return node.operator.device
         for node in self.nodes:
-            if isinstance(node, Activation) and node.function.tensors():
+            if isinstance(node, Activation | Coupled) and node.function.tensors():
                 return node.function.tensors()[0].device
         return torch.device("cpu")
 
@@ -175,7 +205,7 @@ class Network:
                 case Affine():
                     y = node.operator(values[node.source])
                     values.append(y if node.bias is None else y + node.bias)
-                case Activation():
+                case Activation() | Coupled():
                     values.append(node.function(values[node.source]))
                 case Sum():
                     values.append(torch.stack([values[s] for s in node.sources]).sum(0))
@@ -186,11 +216,13 @@ class Network:
         return Network((*self.nodes, Affine(len(self.nodes) - 1, Dense(matrix.to(self.device, torch.float64)), None, "outputs")))
 
     def feedback(self, slopes: tuple[Tensor, Tensor] | None = None) -> Feedback:
-        """The network's feedback form.
+        """The network's feedback form, coupled nodes rewritten.
 
         Args:
-            slopes: (alpha, beta), each (n,), in place of the activations' global slope intervals.
+            slopes: (alpha, beta), each (n,), in place of the activations' global slope intervals; tied neurons keep [-1, 1].
         """
+        if self.slope_restricted is not self:
+            return self.slope_restricted.feedback(slopes)
         # Every value is a linear combination of x (-1) and of activations' outputs; a float stands for that
         # multiple of the identity, so that no identity matrix of the input's size is ever formed.
         position = {node: k for k, node in enumerate(self.activations)}
@@ -201,7 +233,7 @@ class Network:
                     linear.append({-1: 1.0})
                 case Affine():
                     linear.append({s: _after(node.operator, m) for s, m in linear[node.source].items()})
-                case Activation():
+                case Activation() | Coupled():
                     linear.append({position[i]: 1.0})
                 case Sum():
                     total: dict[int, Tensor | float] = {}
@@ -209,7 +241,12 @@ class Network:
                         for s, m in linear[source].items():
                             total[s] = _plus(total[s], m) if s in total else m
                     linear.append(total)
-        alpha, beta = self.slopes() if slopes is None else slopes
+        alpha, beta = self.slopes()
+        groups = self._groups()
+        if slopes is not None:
+            # What is known of a tied neuron is known of its group only: it has no slope interval of its own.
+            own = torch.ones_like(alpha, dtype=torch.bool) if groups is None else torch.bincount(groups)[groups] == 1
+            alpha, beta = (torch.where(own, given, known) for given, known in zip(slopes, (alpha, beta), strict=True))
         return Feedback(
             self.inputs,
             self.outputs,
@@ -218,18 +255,34 @@ class Network:
             self._matrices(linear[-1]),
             alpha,
             beta,
+            groups,
         )
 
     def slopes(self) -> tuple[Tensor, Tensor]:
-        """Slope interval of every neuron on all of R, concatenated over the activation nodes."""
+        """Slope interval of every neuron on all of R, concatenated over the activation nodes; [-1, 1] for tied neurons."""
+        if self.slope_restricted is not self:
+            return self.slope_restricted.slopes()
         ends: tuple[list[Tensor], list[Tensor]] = ([], [])
+        one = torch.ones((), dtype=torch.float64)
         for i in self.activations:
             node = self.nodes[i]
-            assert isinstance(node, Activation)
-            for end, slope in zip(ends, node.function.slopes, strict=True):
+            slopes = node.function.slopes if isinstance(node, Activation) else (-one, one)
+            for end, slope in zip(ends, slopes, strict=True):
                 end.append(slope.to(self.device, torch.float64).expand(self.sizes[i]))
         empty = torch.zeros(0, dtype=torch.float64, device=self.device)
         return torch.cat([empty, *ends[0]]), torch.cat([empty, *ends[1]])
+
+    def _groups(self) -> Tensor | None:
+        if not any(_tied(node) is not None for node in self.nodes):
+            return None
+        parts, count = [], 0
+        for i in self.activations:
+            tied = _tied(self.nodes[i])
+            size = self.sizes[i]
+            label = torch.arange(size, device=self.device) if tied is None else tied.groups(size).to(self.device)
+            parts.append(count + label)
+            count += int(label.max()) + 1 if size else 0
+        return torch.cat(parts)
 
     def _matrices(self, combination: dict[int, Tensor | float]) -> dict[int, Tensor]:
         size = {-1: self.inputs} | {k: self.sizes[i] for k, i in enumerate(self.activations)}
@@ -257,6 +310,10 @@ class Network:
                         sha.update(_bits(tensor))
                 case Sum():
                     sha.update(f"sum {node.sources}\n".encode())
+                case Coupled():
+                    sha.update(f"coupled {node.source} {_structure(node.function)}\n".encode())
+                    for tensor in node.function.tensors():
+                        sha.update(_bits(tensor))
         return sha.hexdigest()
 
 
@@ -265,11 +322,18 @@ def _bits(tensor: Tensor) -> bytes:
     return f"{tuple(plain.shape)}".encode() + plain.numpy().tobytes()
 
 
-def _structure(operator: Operator) -> str:
+def _tied(node: Node) -> Sort | None:
+    """The sort whose entries are neurons with one multiplier a group."""
+    function = node.function if isinstance(node, Coupled) else None
+    return function if isinstance(function, Sort) and function.centred else None
+
+
+def _structure(operator: Operator | Coupling) -> str:
     """Everything about an operator but its coefficients: strides and paddings make another map of the same weight."""
+    shape = "" if isinstance(operator, Coupling) else str(operator.shape)
     named = ((field.name, getattr(operator, field.name)) for field in fields(operator)) if is_dataclass(operator) else ()
     plain = [f"{name}={value!r}" for name, value in named if not isinstance(value, Tensor)]
-    return " ".join((type(operator).__name__, str(operator.shape), *plain))
+    return " ".join((type(operator).__name__, shape, *plain))
 
 
 def _after(operator: Operator, matrix: Tensor | float) -> Tensor | float:

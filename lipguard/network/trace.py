@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lipguard.errors import InvalidModel, UnsupportedLayer
-from lipguard.network import Activation, Affine, Input, Node, Sum
+from lipguard.network import Activation, Affine, Coupled, Coupling, Input, Node, Sum
 from lipguard.network.activations import Elementwise
-from lipguard.network.operators import Operator
+from lipguard.network.operators import Index, Operator
 from lipguard.network.rules import canonical, function_rule, module_rule
 
 # Calls that read only shape, type and place of a tensor.
@@ -132,6 +132,10 @@ class Trace:
         """The function on every entry of x."""
         return self._emit(Activation(x.node, function, self.path))
 
+    def coupled(self, x: Value, function: Coupling) -> int:
+        """A function of groups of the entries of x."""
+        return self._emit(Coupled(x.node, function, self.path))
+
     def sum(self, *values: Value) -> int:
         """The sum of values of one shape."""
         return self._emit(Sum(tuple(v.node for v in values), self.path))
@@ -174,6 +178,12 @@ class Trace:
         return rows[0].reshape(-1)
 
     def _emit(self, node: Node) -> int:
+        # max(a, b) and min(a, b), written apart, are two results of one sort: what is selected, joined or sorted twice
+        # is one node.
+        if isinstance(node, Sum | Coupled) or (isinstance(node, Affine) and isinstance(node.operator, Index) and node.bias is None):
+            for i, known in enumerate(self.nodes):
+                if _same(known, node):
+                    return i
         self.nodes.append(node)
         return len(self.nodes) - 1
 
@@ -313,6 +323,18 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     return kind.__bases__[0] if "parametrizations" in module._modules and kind.__name__.startswith("Parametrized") else kind
 
 
+def _same(a: Node, b: Node) -> bool:
+    """Whether two nodes are the same sum, selection or coupled function of the same values."""
+    if isinstance(a, Sum) and isinstance(b, Sum):
+        return a.sources == b.sources
+    if isinstance(a, Affine) and isinstance(b, Affine) and a.source == b.source and a.bias is None and b.bias is None:
+        p, q = a.operator, b.operator
+        return isinstance(p, Index) and isinstance(q, Index) and p.transposed == q.transposed and torch.equal(p.index, q.index)
+    if isinstance(a, Coupled) and isinstance(b, Coupled) and a.source == b.source and type(a.function) is type(b.function):
+        return all(torch.equal(s, t) for s, t in zip(a.function.tensors(), b.function.tensors(), strict=True))
+    return False
+
+
 def _size(nodes: Sequence[Node], index: int) -> int:
     while True:
         node = nodes[index]
@@ -320,6 +342,8 @@ def _size(nodes: Sequence[Node], index: int) -> int:
             return node.size
         if isinstance(node, Affine):
             return node.operator.shape[0]
+        if isinstance(node, Coupled):
+            return node.function.outputs
         index = node.source if isinstance(node, Activation) else node.sources[0]
 
 

@@ -8,7 +8,7 @@ import torch
 
 from lipguard.certificate import Factors
 from lipguard.errors import NotCertified
-from lipguard.network import Activation, Affine, Conv, Diagonal, Index, Input, Network, Operator, Sum
+from lipguard.network import Activation, Affine, Conv, Coupled, Diagonal, Index, Input, Network, Operator, Sum
 from lipguard.rounding import sqrt_up, up
 from lipguard.verify.convolution import convolution_bound
 from lipguard.verify.matrix_norm import largest_row_sum, prove_matrix_norm, times
@@ -44,6 +44,8 @@ def check_factors(network: Network, evidence: Factors, norm: tuple[float, float]
                 for source in node.sources:
                     total = up(total + bounds[source]) if total and bounds[source] else total + bounds[source]
                 bounds.append(total)
+            case Coupled():
+                bounds.append(times(bounds[node.source], node.function.norm(p)))
     exponent = max(0.0, 1 / q - 1 / p)
     # pow is accurate to an ulp or two in every libm; four are granted.
     return bounds[-1] if exponent == 0 else times(bounds[-1], up(math.pow(network.outputs, exponent), 4))

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from lipguard.certificate import Multipliers
 from lipguard.errors import NotCertified
-from lipguard.network import Activation, Affine, Input, Network, Operator, Sum
+from lipguard.network import Activation, Affine, Coupled, Index, Input, Network, Operator, Sum
 from lipguard.rounding import TINY, UNIT, gamma, proves_positive_definite, sqrt_up, up
 from lipguard.verify.matrix_norm import frobenius_bound
+from lipguard.verify.rewriting import neuron_nodes, slope_ends, slope_restricted, tie
 
 _THINNEST = 1e-6
 """A slope interval thinner than this is widened to it: a superset, and a multiplier can stay finite."""
@@ -85,7 +86,7 @@ class Form:
 def check_multipliers(network: Network, evidence: Multipliers, norm: tuple[float, float]) -> float:
     """The smallest provable bound sqrt(rho) at or just above the proposed one.
 
-    Negative and non-finite multipliers are set to zero first.
+    Negative and non-finite multipliers are set to zero first, and those of tied neurons to their group's mean.
 
     Raises:
         NotCertified: the norm is not (2, 2), the number of multipliers is not the number of neurons, or no rho within
@@ -93,11 +94,12 @@ def check_multipliers(network: Network, evidence: Multipliers, norm: tuple[float
     """
     if norm != (2.0, 2.0):
         raise NotCertified(f"multipliers prove bounds from 2-norm to 2-norm, not {norm}.")
+    network = slope_restricted(network)
     form = feedback_form(network)
     t = evidence.t.detach().to(network.device, torch.float64).flatten()
     if t.numel() != form.neurons:
         raise NotCertified(f"{t.numel()} multipliers are given for {form.neurons} neurons.")
-    t = torch.where(t.isfinite(), t, torch.zeros_like(t)).clamp_min(0)
+    t = tie(network, torch.where(t.isfinite(), t, torch.zeros_like(t)).clamp_min(0))
     prove = prover(form, t)
     # The test needs the smallest eigenvalue above about n^2 u; a rho closer than that to the least one cannot be proved.
     inflation = 32 * max(form.neurons, 1) ** 2 * UNIT
@@ -277,10 +279,11 @@ def feedback_form(network: Network) -> Form:
     """The feedback form of the network's nodes, every product enclosed.
 
     A value is a linear combination of the input (-1) and of activations' outputs (0, 1, ...); None stands for the
-    identity. Affine nodes directly behind an input or an activation are exact; compositions carry a radius.
+    identity. Affine nodes directly behind an input or an activation are exact; compositions carry a radius. Coupled nodes
+    stand for tied neurons: the network is one that `rewriting` made.
     """
-    position = {node: k for k, node in enumerate(network.activations)}
-    size = {-1: network.inputs} | {k: network.sizes[i] for k, i in enumerate(network.activations)}
+    position = {node: k for k, node in enumerate(neuron_nodes(network))}
+    size = {-1: network.inputs} | {k: network.sizes[i] for i, k in position.items()}
     offset, n = {}, 0
     for k in range(len(position)):
         offset[k], n = n, n + size[k]
@@ -292,7 +295,7 @@ def feedback_form(network: Network) -> Form:
                 combos.append({-1: None})
             case Affine():
                 combos.append({s: _compose(node.operator, e) for s, e in combos[node.source].items()})
-            case Activation():
+            case Activation() | Coupled():
                 combos.append({position[i]: None})
             case Sum():
                 combos.append(_add([combos[s] for s in node.sources], size, network.device))
@@ -306,9 +309,9 @@ def feedback_form(network: Network) -> Form:
     alphas, betas = [], []
     for i, k in position.items():
         node = network.nodes[i]
-        assert isinstance(node, Activation)
+        assert isinstance(node, Activation | Coupled)
         blocks += place(offset[k], combos[node.source])
-        alpha, beta = (s.to(network.device, torch.float64).expand(size[k]) for s in node.function.slopes)
+        alpha, beta = (s.to(network.device, torch.float64).expand(size[k]) for s in slope_ends(node))
         thin = (beta - alpha) < _THINNEST
         alphas.append(torch.where(thin, alpha - _THINNEST / 2, alpha))
         betas.append(torch.where(thin, beta + _THINNEST / 2, beta))
@@ -321,6 +324,8 @@ def _compose(operator: Operator, e: Enclosed | None) -> Enclosed:
     if e is None:
         return Enclosed(operator.dense())
     center = operator(e.center.T).T
+    if isinstance(operator, Index) and not operator.transposed:  # rows are moved, nothing is added
+        return Enclosed(center, None if e.radius is None else operator(e.radius.T).T)
     k = operator.shape[1] + 2
     magnitude = operator.abs()
     radius = gamma(k) * magnitude(e.center.abs().T).T

@@ -22,6 +22,7 @@ from lipguard.network import Activation, Affine, Input, Network, Sum
 from lipguard.network.activations import PiecewiseLinear
 from lipguard.rounding import gamma
 from lipguard.verify.multipliers import Enclosed, feedback_form
+from lipguard.verify.rewriting import elementwise
 
 _DIRECTIONS = 32
 """Inputs up to which a network without biases is searched by its directions on a bounded domain: 2d facets are many."""
@@ -75,8 +76,10 @@ def phase_form(network: Network, domain: Domain | None) -> PhaseForm:
     """The network's phases on a domain.
 
     Raises:
-        UnsupportedQuery: an activation is not piecewise linear, or the domain is R^d and a break point is not 0.
+        UnsupportedQuery: an activation is not piecewise linear, the domain is R^d and a break point is not 0, or a sort
+            has too many entries.
     """
+    network = elementwise(network)
     form = feedback_form(network)
     n, d = form.neurons, network.inputs
     bias, spread = _offsets(network)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lipguard.certificate import Domain, Witness
 from lipguard.errors import NotCertified
-from lipguard.network import Activation, Affine, Input, Network, Operator, Sum
+from lipguard.network import Activation, Affine, Coupled, Input, Network, Operator, Sum
 from lipguard.rounding import TINY, UNIT, down, gamma, sum_up, up
+from lipguard.verify.coupled_tangent import coupled_tangent
 
 _Ball = tuple[Tensor, Tensor]
 
@@ -71,6 +72,10 @@ def _tangent(network: Network, point: Tensor, direction: Tensor) -> _Ball:
             case Sum():
                 values.append(_sum([values[s] for s in node.sources]))
                 tangents.append(_sum([tangents[s] for s in node.sources]))
+            case Coupled():
+                value, tangent = coupled_tangent(node.function, values[node.source], tangents[node.source])
+                values.append(value)
+                tangents.append(tangent)
     return tangents[-1]
 
 

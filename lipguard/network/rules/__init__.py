@@ -19,7 +19,9 @@ from torch import nn
 Rule = Callable[..., int | tuple[int, ...]]
 RuleT = TypeVar("RuleT", bound=Rule)
 
-_FAMILIES = ("activation", "arithmetic", "convolution", "linear", "normalization", "pooling", "rearrange", "refused", "shape")
+_FAMILIES = (
+    "activation", "arithmetic", "convolution", "coupled", "linear", "normalization", "pooling", "rearrange", "refused", "shape",
+)  # fmt: skip
 
 _FUNCTIONS: dict[object, Rule] = {}
 _MODULES: dict[type[nn.Module], Rule] = {}

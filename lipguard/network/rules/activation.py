@@ -17,51 +17,37 @@ Number = float | Tensor
 @lowers("relu")
 def relu(trace: Trace, input: Value, inplace: bool = False) -> int:
     """max(z, 0)."""
-    return _clip(trace, input, 0.0, None, "relu")
+    return clipped(trace, input, 0.0, None, "relu")
 
 
 @lowers("relu6")
 def relu6(trace: Trace, input: Value, inplace: bool = False) -> int:
     """min(max(z, 0), 6)."""
-    return _clip(trace, input, 0.0, 6.0, "relu6")
+    return clipped(trace, input, 0.0, 6.0, "relu6")
 
 
 @lowers("hardtanh")
 def hardtanh(trace: Trace, input: Value, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> int:
     """min(max(z, min_val), max_val)."""
-    return _clip(trace, input, min_val, max_val, "hardtanh")
+    return clipped(trace, input, min_val, max_val, "hardtanh")
 
 
 @lowers("clamp")
 def clamp(trace: Trace, input: Value, min: Number | None = None, max: Number | None = None) -> int:
     """clamp and clip with constant ends."""
-    return _clip(trace, input, min, max, "clip")
+    return clipped(trace, input, min, max, "clip")
 
 
 @lowers("clamp_min")
 def clamp_min(trace: Trace, input: Value, min: Number) -> int:
     """max(z, min)."""
-    return _clip(trace, input, min, None, "clip")
+    return clipped(trace, input, min, None, "clip")
 
 
 @lowers("clamp_max")
 def clamp_max(trace: Trace, input: Value, max: Number) -> int:
     """min(z, max)."""
-    return _clip(trace, input, None, max, "clip")
-
-
-@lowers("maximum")
-def maximum(trace: Trace, input: Value | Tensor, other: Value | Tensor) -> int:
-    """max(z, c) with a constant on either side."""
-    value, constant = _one_constant(trace, input, other)
-    return _clip(trace, value, constant, None, "clip")
-
-
-@lowers("minimum")
-def minimum(trace: Trace, input: Value | Tensor, other: Value | Tensor) -> int:
-    """min(z, c) with a constant on either side."""
-    value, constant = _one_constant(trace, input, other)
-    return _clip(trace, value, None, constant, "clip")
+    return clipped(trace, input, None, max, "clip")
 
 
 @lowers("leaky_relu")
@@ -154,7 +140,8 @@ for _name in ("tanh", "sigmoid", "logsigmoid", "softsign", "selu", "silu", "mish
     _plain(_name, getattr(smooth, _name))
 
 
-def _clip(trace: Trace, x: Value, low: Number | None, high: Number | None, name: str) -> int:
+def clipped(trace: Trace, x: Value, low: Number | None, high: Number | None, name: str) -> int:
+    """min(max(x, low), high) with constant ends."""
     ends = [None if end is None else trace.per_feature(end, x) for end in (low, high)]
     return trace.activation(x, activations.clip(*ends, name=name))
 
@@ -164,11 +151,3 @@ def _piecewise(trace: Trace, x: Value, function: activations.PiecewiseLinear) ->
     function.breaks, function.pieces = function.breaks.to(device), function.pieces.to(device)
     function.value = function.value.to(device)
     return trace.activation(x, function)
-
-
-def _one_constant(trace: Trace, a: Value | Tensor, b: Value | Tensor) -> tuple[Value, Tensor]:
-    if isinstance(a, Value) and isinstance(b, Tensor):
-        return a, b
-    if isinstance(b, Value) and isinstance(a, Tensor):
-        return b, a
-    return trace.refuse("compares two values that depend on the input, and has no rule for that. Write it as b + relu(a - b).")

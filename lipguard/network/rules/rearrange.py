@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from lipguard.network import Affine
 from lipguard.network.operators import Index
 from lipguard.network.rules import lowers
 from lipguard.network.trace import Trace, Value
@@ -73,11 +74,48 @@ def _index(trace: Trace, moved: Tensor, rows: int, size: int) -> Tensor:
     return index[0].clone()
 
 
-def _emit(trace: Trace, x: Value, index: Tensor, fill: float) -> int:
-    if torch.equal(index, torch.arange(x.size, device=index.device)):
-        return x.node
+def _emit(trace: Trace, x: Value, index: Tensor, fill: float = 0.0) -> int:
     shift = torch.where(index < 0, fill, 0.0).to(torch.float64) if fill and bool((index < 0).any()) else None
-    return trace.affine(x, Index(index, x.size), shift)
+    source, place, size = _read(trace, x)
+    return select(trace, source, torch.where(index < 0, -1, place[index]), size, shift)
+
+
+def select(trace: Trace, node: int, index: Tensor, size: int, shift: Tensor | None = None) -> int:
+    """The node's entries at the places of the index, a zero where it is -1; no node if these are all of them in order."""
+    if torch.equal(index, torch.arange(size, device=index.device)):
+        return node
+    return trace.affine(Value(node, index), Index(index, size), shift)
+
+
+def _read(trace: Trace, x: Value) -> tuple[int, Tensor, int]:
+    """The node that a value's entries are read from, their places there, and its size: one selection is looked through."""
+    node = trace.nodes[x.node]
+    if isinstance(node, Affine) and isinstance(node.operator, Index) and node.bias is None and not node.operator.transposed:
+        return node.source, node.operator.index, node.operator.size
+    return x.node, torch.arange(x.size, device=x.tensor.device), x.size
+
+
+def joined(trace: Trace, parts: list[Value]) -> int:
+    """The entries of several values, one after the other."""
+    offsets = torch.tensor([0, *(part.size for part in parts)]).cumsum(0).tolist()
+    index = torch.arange(offsets[-1], device=parts[0].tensor.device)
+    return _gathered(trace, parts, offsets[:-1], index, None)
+
+
+def _gathered(trace: Trace, values: list[Value], begins: list[int], index: Tensor, shift: Tensor | None) -> int:
+    """One value whose entries are those of several at the places of the index, counted through, -1 for zero; plus a shift."""
+    reads = [_read(trace, value) for value in values]
+    if len({node for node, _, _ in reads}) == 1:
+        # Parts of one value: one selection of its entries, not a sum, whose norm would count them apart.
+        node, _, size = reads[0]
+        places = torch.cat([place for _, place, _ in reads])
+        return select(trace, node, torch.where(index < 0, -1, places[index]), size, shift)
+    embedded: list[Value] = []
+    for begin, value in zip(begins, values, strict=True):
+        own = torch.where((index >= begin) & (index < begin + value.size), index - begin, -1)
+        embedded.append(trace.value(trace.affine(value, Index(own, value.size), shift), value.tensor))
+        shift = None
+    return embedded[0].node if len(embedded) == 1 else trace.sum(*embedded)
 
 
 def _depends(tree: object) -> bool:
@@ -149,9 +187,4 @@ def _joined(trace: Trace, parts: list[Any], join: Callable[[list[Tensor]], Tenso
         if not bool((whole == whole[:1]).all()):
             trace.refuse("joins a constant that treats the samples of a batch differently.")
         shift = whole[0]
-    embedded: list[Value] = []
-    for begin, value in zip(begins, values, strict=True):
-        own = torch.where((index >= begin) & (index < begin + value.size), index - begin, -1)
-        embedded.append(trace.value(trace.affine(value, Index(own, value.size), shift), value.tensor))
-        shift = None
-    return embedded[0].node if len(embedded) == 1 else trace.sum(*embedded)
+    return _gathered(trace, values, begins, index, shift)

@@ -10,11 +10,7 @@ from lipguard.network.rules import lowers
 from lipguard.network.trace import Trace
 
 _QUADRATIC = "multiplies values that depend on the input: it has no global Lipschitz constant."
-_MAXIMUM = (
-    "takes maxima over windows, which no slope of a single neuron describes: where windows overlap, one input is copied into "
-    "several outputs, and the layer's constant in the 2-norm is the root of their number, not 1. Use average pooling or a "
-    "strided convolution, or bound the parts before and after it with submodule=...."
-)
+_RANDOM = "draws its windows at random: it is not a function. Use max pooling with fixed windows."
 _POWERS = "raises its windows to a power: it has no rule. Use average pooling, or bound a submodule with submodule=...."
 _SOFTMAX = "is no elementwise function: the slope interval of a neuron does not describe its Jacobian diag(p) - p p'."
 _SAMPLE = "divides by the spread of the sample itself: its slope has no bound that is useful where the spread vanishes."
@@ -55,9 +51,11 @@ REASONS = {
     "setitem": "writes into a slice, which has no rule.",
     "__setitem__": "writes into a slice, which has no rule.",
 } | {
-    f"{kind}{n}d": _POWERS if kind == "lp_pool" else _MAXIMUM
+    name: reason
     for n in (1, 2, 3)
-    for kind in ("max_pool", "adaptive_max_pool", "fractional_max_pool", "lp_pool")
+    for name, reason in (
+        (f"lp_pool{n}d", _POWERS), (f"fractional_max_pool{n}d", _RANDOM), (f"fractional_max_pool{n}d_with_indices", _RANDOM),
+    )
 }  # fmt: skip
 
 

@@ -1,0 +1,169 @@
+"""Functions of groups of entries: maxima over windows, sorting, reflections; each with its norms.
+
+None of them has a slope interval entry by entry. `network.rewriting` says how each is made of affine maps and |.|.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from lipguard.rounding import gamma, sqrt_up
+
+
+class Coupling(ABC):
+    """A piecewise-linear function of groups of entries.
+
+    Attributes:
+        index: int64, (groups, entries of each): where the entries of each group stand.
+    """
+
+    index: Tensor
+
+    @property
+    @abstractmethod
+    def outputs(self) -> int:
+        """Length of the result."""
+
+    @abstractmethod
+    def __call__(self, z: Tensor) -> Tensor:
+        """Rows (..., entries) to rows (..., outputs)."""
+
+    @abstractmethod
+    def norm(self, p: float) -> float:
+        """Upper bound of the Lipschitz constant from p-norm to p-norm, p = 1, 2 or inf."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What defines the function, for the digest."""
+        return (self.index,)
+
+    def groups(self, size: int) -> Tensor:
+        """The group of each of `size` entries, (size,); for functions whose groups do not overlap."""
+        label = torch.empty(size, dtype=torch.int64, device=self.index.device)
+        label[self.index.flatten()] = torch.arange(len(self.index), device=label.device).repeat_interleave(self.index.shape[1])
+        return label
+
+
+@dataclass(frozen=True, eq=False)
+class Maxima(Coupling):
+    """The largest entry of each window; windows may overlap. An index of -1 is no entry: padding, a window cut short."""
+
+    index: Tensor
+
+    def __post_init__(self) -> None:
+        """Refuse a window without entries: its maximum would be -inf."""
+        if self.index.ndim != 2 or not bool((self.index >= 0).any(1).all()):
+            raise ValueError("a maximum over a window without entries.")
+
+    @property
+    def outputs(self) -> int:
+        """One entry for each window."""
+        return len(self.index)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Exact: a maximum does not round."""
+        # The index -1 reads the appended -inf.
+        return F.pad(z, (0, 1), value=-math.inf)[..., self.index].amax(-1)
+
+    def norm(self, p: float) -> float:
+        """1 for inf; the largest number of windows c that one entry lies in for 1; sqrt(c) for 2.
+
+        A Jacobian has one 1 in each row, and in the column of an entry at most one for each window it lies in.
+        """
+        if p == math.inf:
+            return 1.0
+        read = self.index[self.index >= 0]
+        count = int(torch.bincount(read).max())
+        return float(count) if p == 1 or count == 1 else sqrt_up(count)
+
+
+@dataclass(frozen=True, eq=False)
+class Sort(Coupling):
+    """Sorts every group: its largest entry goes to the first of its places, its smallest to the last.
+
+    Attributes:
+        index: a permutation of all entries, (groups, entries of each).
+        centred: the entries of every group sum to 0 (up to rounding, of which nothing depends): what is left of a sort
+            when the mean is split off. Only rewriting makes such nodes.
+    """
+
+    index: Tensor
+    centred: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse groups that overlap or leave an entry out."""
+        _partition(self.index)
+
+    @property
+    def outputs(self) -> int:
+        """As many as it reads."""
+        return self.index.numel()
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Exact: sorting does not round."""
+        ordered = z[..., self.index].sort(-1, descending=True).values
+        return ordered.flatten(-2)[..., self.index.flatten().argsort()]
+
+    def norm(self, p: float) -> float:
+        """1 for every p: Jacobians are permutations."""
+        del p
+        return 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Reflection(Coupling):
+    """z where v'z > 0, (I - 2 v v') z elsewhere, in every group: a Householder activation.
+
+    Both sides agree where v'z = 0, for any v: the function is continuous and equals z + 2 v max(-v'z, 0), whether or
+    not |v| is 1.
+
+    Attributes:
+        index: a permutation of all entries, (groups, entries of each).
+        directions: v of each group, the shape of `index`, float64.
+    """
+
+    index: Tensor
+    directions: Tensor
+
+    def __post_init__(self) -> None:
+        """Refuse groups that overlap or leave an entry out."""
+        _partition(self.index)
+
+    @property
+    def outputs(self) -> int:
+        """As many as it reads."""
+        return self.index.numel()
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """z + 2 v max(-v'z, 0)."""
+        grouped = z[..., self.index]
+        beyond = (grouped * self.directions).sum(-1, keepdim=True).neg().clamp_min(0)
+        moved = grouped + 2 * self.directions * beyond
+        return moved.flatten(-2)[..., self.index.flatten().argsort()]
+
+    def norm(self, p: float) -> float:
+        """1 or the norm of a reflection I - 2 v v', whichever is larger; |1 - 2 |v|^2| for p = 2."""
+        v = self.directions.detach().abs()
+        square = (v * v).sum(1)
+        # Each is a sum of at most g + 3 terms, of at most two roundings each.
+        grown = 1 + 2 * gamma(v.shape[1] + 8)
+        if p == 2:
+            return max(1.0, float((2 * square * grown - 1).max()) * grown)
+        off = 2 * v * (v.sum(1, keepdim=True) - v) + (1 - 2 * v * v).abs()
+        # 1 - 2 v^2 may cancel: its error is relative to 1 + 2 v^2.
+        return max(1.0, float((off * grown + 4 * gamma(4) * (1 + 2 * v * v)).max()))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Places and directions."""
+        return self.index, self.directions
+
+
+def _partition(index: Tensor) -> None:
+    places = index.flatten().sort().values
+    if index.ndim != 2 or not torch.equal(places, torch.arange(index.numel(), device=index.device)):
+        raise ValueError("the groups do not contain every entry once.")
