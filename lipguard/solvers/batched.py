@@ -161,13 +161,46 @@ def cold(batch: Batch) -> tuple[Tensor, Tensor]:
     return t, rho
 
 
+def layered(batch: Batch, layers: Tensor) -> tuple[Tensor, Tensor]:
+    """Strictly feasible (t, rho) without a parent, layer by layer: as `SlopeProgram.interior`.
+
+    With S what remains of C0 and the Schur complements behind, T_k = lambda_max(S_kk) I makes the pivot 2 T_k - S_kk at
+    least T_k: rho grows as the product of the layers' norms does, where one neuron at a time it can grow much faster.
+
+    Args:
+        batch: the programs.
+        layers: layer of each neuron, (K, f), not decreasing along the couplings' order.
+    """
+    f = batch.neurons
+    s = batch.c0.clone()
+    t = s.new_ones(len(s), f)
+    largest = s.diagonal(dim1=-2, dim2=-1).amax(1).clamp_min(1e-30)
+    for k in range(int(layers.max()), -1, -1):
+        here = (layers == k) & batch.present
+        if not bool(here.any()):
+            continue
+        mask = here.to(s.dtype)
+        own = s[:, :f, :f] * mask[:, :, None] * mask[:, None, :]
+        top = torch.maximum(torch.linalg.eigvalsh(own)[:, -1], 1e-8 * largest)
+        largest = torch.maximum(largest, top)
+        t = torch.where(here, top[:, None], t)
+        pivot = torch.diag_embed(torch.where(here, 2 * top[:, None], torch.ones_like(t))) - own
+        cross = (s[:, :f] + t[:, :, None] * batch.q) * mask[:, :, None]
+        columns = torch.cat([~here, torch.ones_like(s[:, 0, f:], dtype=torch.bool)], 1)
+        cross = cross * columns[:, None, :]
+        s = s + cross.mT @ torch.cholesky_solve(cross, torch.linalg.cholesky_ex(pivot).L)
+    rho = torch.linalg.eigvalsh(s[:, f:, f:])[:, -1].clamp_min(1e-30) * 4
+    _repair(batch, t, rho, 60)
+    return t, rho
+
+
 def solve(batch: Batch, t: Tensor, rho: Tensor, cutoff: Tensor | float, iterations: int, tol: float = 1e-7) -> Solved:
     """Improve strictly feasible (t, rho) until rho <= cutoff, the dual value exceeds it, or the iterations end.
 
     Args:
         batch: the programs.
         t, rho: strictly feasible, (K, f) and (K,).
-        cutoff: value of rho at which a program is done.
+        cutoff: value of rho at which a program is done; nan where only the gap counts.
         iterations: predictor-corrector steps at most.
         tol: relative gap at which a program is done.
     """
