@@ -35,8 +35,13 @@ def norm_pair(norm: Norm | str) -> tuple[float, float]:
     return values[0], values[1]
 
 
+def _float64(value: float | Sequence[float] | Tensor) -> Tensor:
+    """The numbers on the CPU in float64; those of Python and NumPy as they are, never by way of torch's default float32."""
+    return value.detach().to("cpu", torch.float64) if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+
+
 def _vector(value: float | Sequence[float] | Tensor, size: int, what: str) -> Tensor:
-    tensor = torch.as_tensor(value).detach().to("cpu", torch.float64).flatten()
+    tensor = _float64(value).flatten()
     if tensor.numel() not in (1, size):
         raise InvalidDomain(
             f"{what} has {tensor.numel()} entries, the network has {size} inputs. Give one per input, or a number."
@@ -67,6 +72,21 @@ class Box:
             raise InvalidDomain(f"Box is empty: lower {lower[j]:g} > upper {upper[j]:g} at input {j}. Exchange them.")
         return lower, upper
 
+    def each(self, size: int) -> tuple[Box, ...] | None:
+        """The boxes of a batch, where an end has shape (B, ...) with B * size entries, B > 1; None for a single box.
+
+        Raises:
+            InvalidDomain: the two ends are batches of different lengths.
+        """
+        lower, upper = _rows(self.lower, size), _rows(self.upper, size)
+        if lower is None and upper is None:
+            return None
+        count = len(lower) if lower is not None else len(upper) if upper is not None else 0
+        if lower is not None and upper is not None and len(upper) != count:
+            raise InvalidDomain(f"Box.lower is a batch of {count}, Box.upper one of {len(upper)}. Give one of each for a box.")
+        lows, highs = (ends if ends is not None else [end] * count for ends, end in ((lower, self.lower), (upper, self.upper)))
+        return tuple(Box(low, high) for low, high in zip(lows, highs, strict=True))
+
     def contains(self, x: Tensor) -> bool:
         """Whether the float64 vector x lies in the box, exactly."""
         lower, upper = self.bounds(x.numel())
@@ -89,50 +109,80 @@ class Box:
 
 @dataclass(frozen=True, eq=False)
 class Ball:
-    """Inputs with ||x - center||_norm <= radius."""
+    """Inputs with ||x - center||_norm <= radius, of which only those in `box` count, where one is given.
+
+    The box is that of all inputs there are, [0, 1] for images: it holds the centre.
+    """
 
     center: float | Sequence[float] | Tensor
     radius: float
     norm: float = 2.0
+    box: Box | None = None
+
+    def each(self, size: int) -> tuple[Ball, ...] | None:
+        """The balls of a batch, where the centre has shape (B, ...) with B * size entries, B > 1; None for a single ball."""
+        centers = _rows(self.center, size)
+        return None if centers is None else tuple(Ball(center, self.radius, self.norm, self.box) for center in centers)
 
     def checked_center(self, size: int) -> Tensor:
         """The centre as a float64 vector.
 
         Raises:
-            InvalidDomain: wrong size, nan, negative or infinite radius, or a norm other than 1, 2, inf.
+            InvalidDomain: wrong size, nan, negative or infinite radius, a norm other than 1, 2, inf, or a box without the centre.
         """
         center = _vector(self.center, size, "Ball.center")
         if not center.isfinite().all() or not (0.0 <= float(self.radius) < math.inf):
             raise InvalidDomain(f"Ball needs a finite centre and a finite radius >= 0, not radius={self.radius!r}.")
         if float(self.norm) not in _NORMS:
             raise InvalidDomain(f"Ball.norm={self.norm!r}: a norm is 1, 2 or inf.")
+        if self.box is not None:
+            lower, upper = self.box.bounds(size)
+            outside = (center < lower) | (center > upper)
+            if bool(outside.any()):
+                j = int(outside.nonzero()[0])
+                raise InvalidDomain(
+                    f"Ball: the centre is outside the box at input {j}: {center[j]:g} is not in [{lower[j]:g}, {upper[j]:g}]. "
+                    "Clamp the centre, or give the box in the units of the network's input."
+                )
         return center
 
     def bounds(self, size: int) -> tuple[Tensor, Tensor]:
-        """Ends of the smallest box that contains the ball (rounded outward), as for `Box.bounds`."""
+        """Ends of the smallest box that contains the domain (rounded outward), as for `Box.bounds`."""
         center = self.checked_center(size)
         if self.radius == 0:
             return center, center.clone()
         inf = torch.tensor(math.inf, dtype=torch.float64)
-        return torch.nextafter(center - self.radius, -inf), torch.nextafter(center + self.radius, inf)
+        lower, upper = torch.nextafter(center - self.radius, -inf), torch.nextafter(center + self.radius, inf)
+        if self.box is None:
+            return lower, upper
+        low, high = self.box.bounds(size)
+        return torch.maximum(lower, low), torch.minimum(upper, high)
 
     def contains(self, x: Tensor) -> bool:
-        """Whether the float64 vector x provably lies in the ball (rounding counted against it)."""
+        """Whether the float64 vector x provably lies in the ball (rounding counted against it), and in the box."""
         center = self.checked_center(x.numel())
+        if self.box is not None and not self.box.contains(x):
+            return False
         distance = float(torch.linalg.vector_norm(x - center, float(self.norm)))
         slack = 4 * (x.numel() + 2) * 2.0**-53
         # x - center is exact only up to u |x - center|, which the relative slack covers as well.
         return bool((x == center).all()) or distance * (1 + slack) <= self.radius
 
     def project(self, x: Tensor) -> Tensor:
-        """A point of the ball near each row of x (its nearest for norms 2 and inf; radial for norm 1), safely inside."""
+        """A point of the domain near each row of x, safely inside the ball.
+
+        The nearest for norms 2 and inf, radial for norm 1; with a box, the nearest point of the box is then drawn to the
+        centre, which the box holds.
+        """
         center = self.checked_center(x.shape[-1]).to(x)
-        step = x - center
+        step = (x if self.box is None else self.box.project(x)) - center
         inner = self.radius * (1 - 1e-9)
         if float(self.norm) == math.inf:
-            return center + step.clamp(-inner, inner)
-        length = torch.linalg.vector_norm(step, float(self.norm), dim=-1, keepdim=True)
-        return center + step * (inner / length.clamp_min(1e-300)).clamp_max(1.0)
+            inside = center + step.clamp(-inner, inner)
+        else:
+            length = torch.linalg.vector_norm(step, float(self.norm), dim=-1, keepdim=True)
+            inside = center + step * (inner / length.clamp_min(1e-300)).clamp_max(1.0)
+        return inside if self.box is None else self.box.project(inside)
 
     def sample(self, count: int, size: int, generator: torch.Generator) -> Tensor:
         """`count` points of the ball, shape (count, size), float64: random directions, radii uniform in volume."""
@@ -147,14 +197,23 @@ class Ball:
 
     def json(self) -> dict[str, object]:
         """A JSON value from which `domain_from_json` restores the ball."""
-        return {"kind": "ball", "center": _plain(self.center), "radius": float(self.radius), "norm": str(float(self.norm))}
+        plain: dict[str, object] = {"kind": "ball", "center": _plain(self.center), "radius": float(self.radius)}
+        return plain | {"norm": str(float(self.norm))} | ({} if self.box is None else {"box": self.box.json()})
 
 
 Domain = Box | Ball
 
 
+def _rows(value: float | Sequence[float] | Tensor, size: int) -> list[Tensor] | None:
+    """The vectors of a batch (B, ...), B > 1; None if the value is no batch of vectors of that size."""
+    tensor = _float64(value)
+    if tensor.ndim < 2 or len(tensor) < 2 or tensor.numel() != len(tensor) * size:
+        return None
+    return list(tensor.reshape(len(tensor), size))
+
+
 def _plain(value: float | Sequence[float] | Tensor) -> object:
-    tensor = torch.as_tensor(value).detach().to("cpu", torch.float64)
+    tensor = _float64(value)
     return tensor.flatten().tolist() if tensor.ndim else tensor.item()
 
 
@@ -165,7 +224,9 @@ def domain_from_json(value: dict[str, object] | None) -> Domain | None:
     if value.get("kind") == "box":
         return Box(value["lower"], value["upper"])  # type: ignore[arg-type]
     if value.get("kind") == "ball":
-        return Ball(value["center"], float(value["radius"]), float(value["norm"]))  # type: ignore[arg-type]
+        box = domain_from_json(value.get("box"))  # type: ignore[arg-type]
+        assert not isinstance(box, Ball)
+        return Ball(value["center"], float(value["radius"]), float(value["norm"]), box)  # type: ignore[arg-type]
     raise InvalidDomain(f"Unknown kind of domain {value.get('kind')!r}.")
 
 
@@ -190,6 +251,23 @@ class Multipliers:
 
     t: Tensor
     rho: float
+
+
+@dataclass(frozen=True, eq=False)
+class LocalMultipliers:
+    """Multipliers t >= 0 for the slopes that the neurons have on the domain, (n,), and the squared bound they should prove.
+
+    The checker finds the slopes itself. With alpha, beta a neuron's slopes there, w = alpha p + (beta - alpha) u, and t
+    belongs to u (p - u) >= 0; where alpha = beta the neuron is no variable, and its entry is not read.
+    """
+
+    t: Tensor
+    rho: float
+
+
+@dataclass(frozen=True, eq=False)
+class Slopes:
+    """Nothing but the domain: the checker encloses the slopes of the neurons there, and all Jacobians by them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +313,7 @@ class Partition:
     value: float
 
 
-Evidence = Factors | Multipliers | Witness | Partition | SolverReport
+Evidence = Factors | Multipliers | LocalMultipliers | Slopes | Witness | Partition | SolverReport
 
 
 @dataclass(frozen=True, eq=False)

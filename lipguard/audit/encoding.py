@@ -17,10 +17,12 @@ from lipguard.certificate import (
     Evidence,
     Factors,
     Leaf,
+    LocalMultipliers,
     Multipliers,
     Partition,
     Rigor,
     Side,
+    Slopes,
     SolverReport,
     Witness,
     domain_from_json,
@@ -130,6 +132,10 @@ def _evidence_json(evidence: Evidence) -> dict[str, Any]:
             return {"kind": "factors", "norms": {str(node): float(norm) for node, norm in evidence.norms.items()}}
         case Multipliers():
             return {"kind": "multipliers", "t": to_plain(evidence.t), "rho": float(evidence.rho)}
+        case LocalMultipliers():
+            return {"kind": "local-multipliers", "t": to_plain(evidence.t), "rho": float(evidence.rho)}
+        case Slopes():
+            return {"kind": "slopes"}
         case Witness():
             return {"kind": "witness", "point": to_plain(evidence.point), "direction": to_plain(evidence.direction)}
         case Partition():
@@ -145,6 +151,10 @@ def _evidence(value: Mapping[str, Any]) -> Evidence:
             return Factors({int(node): float(norm) for node, norm in value["norms"].items()})
         case "multipliers":
             return Multipliers(from_plain(value["t"]), float(value["rho"]))
+        case "local-multipliers":
+            return LocalMultipliers(from_plain(value["t"]), float(value["rho"]))
+        case "slopes":
+            return Slopes()
         case "witness":
             return Witness(from_plain(value["point"]), from_plain(value["direction"]))
         case "partition":

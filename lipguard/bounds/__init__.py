@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from lipguard import registry
-from lipguard.certificate import Certificate, Domain, Norm, Query, norm_pair
+from lipguard.bounds.local import Local
+from lipguard.certificate import Ball, Box, Certificate, Domain, Norm, Query, norm_pair
+from lipguard.errors import InvalidDomain
 from lipguard.network import Network
 from lipguard.solvers.threads import one_thread
 
 __all__ = ["bound"]
+
+
+LOCAL = ("lipsdp-neuron", "lipsdp-layer", "spectral")
+"""Methods that use the slopes on the domain; others bound the constant on all of R^d."""
 
 
 def bound(
@@ -20,14 +27,17 @@ def bound(
     *,
     method: str | None = None,
     norm: Norm = 2,
-    domain: Domain | None = None,
+    domain: Domain | Sequence[Domain] | None = None,
     solver: str = "auto",
     submodule: str | None = None,
     outputs: Tensor | tuple[int, int] | None = None,
     tol: float = 1e-7,
     time_limit: float | None = None,
-) -> Certificate:
+) -> Any:
     """A verified bound of the Lipschitz constant of `model` over `domain`.
+
+    With a domain the methods of this package bound the local constant: the ranges of all pre-activations on the domain
+    narrow the slopes of the neurons. Many domains are bounded together.
 
     Args:
         model: a module, read in eval mode and left as it is, or a captured `Network`.
@@ -35,18 +45,20 @@ def bound(
         method: "lipsdp-neuron" (the default for norm 2), "lipsdp-layer", "spectral" (the default else), or "sampling",
             the only lower bound; or a name registered by another package.
         norm: 1, 2, inf, or a pair (input norm, output norm).
-        domain: `Box`, `Ball` or None for all inputs. Upper bounds hold for all inputs, and so for every domain.
+        domain: `Box`, `Ball` or None for all inputs; or a sequence of them; or one whose centre (whose ends) is a batch,
+            of shape (B, ...) with B > 1.
         solver: of the LipSDP methods: "auto", "interior-point", "first-order", "scs", "clarabel", "cvxopt", "mosek".
         submodule: dotted name of a part to bound instead of the whole.
         outputs: a matrix (k, m) or a pair of classes (i, j) to bound a functional of the outputs.
         tol: relative gap of the squared bound asked of `interior-point`.
         time_limit: seconds for the search; what is found by then is verified.
     Returns:
-        A certificate with rigor "verified". Its `note` says if a solver failed and another bound stands in.
+        A `Certificate` with rigor "verified"; for a sequence or a batch of domains a list of them, one for each. The
+        `note` says if a solver failed and another bound stands in.
     Raises:
         LipguardError: a bad model, example, name or query; the subclass and the message say which.
     """
-    query = Query(norm_pair(norm), domain)
+    query = Query(norm_pair(norm), None)
     name = method or ("lipsdp-neuron" if query.norm == (2.0, 2.0) else "spectral")
     entry = registry.method(name)
     options: dict[str, Any] = {}
@@ -57,11 +69,34 @@ def bound(
     elif name == "sampling":
         options = {"time_limit": time_limit}
     network = network_of(model, example, submodule, outputs)
-    if domain is not None:
-        domain.bounds(network.inputs)
+    domains, several = _domains(domain, network.inputs)
     with one_thread():
-        certificate, _ = entry.build(**options)(network, query, None)
-    return certificate
+        if domains and name in LOCAL:
+            certificates = Local(name, **options)(network, query, domains)
+        else:
+            certificates = [entry.build(**options)(network, Query(query.norm, one), None)[0] for one in domains or [None]]
+    return certificates if several else certificates[0]
+
+
+def _domains(domain: Domain | Sequence[Domain] | None, size: int) -> tuple[list[Domain], bool]:
+    """The domains, checked, and whether they are several by their form."""
+    if domain is None:
+        return [], False
+    if isinstance(domain, Box | Ball):
+        batch = domain.each(size)
+        domains, several = ([domain], False) if batch is None else (list(batch), True)
+    else:
+        domains, several = list(domain), True
+        if not domains:
+            raise InvalidDomain("the sequence of domains is empty. Give at least one Box or Ball.")
+    for i, one in enumerate(domains):
+        if not isinstance(one, Box | Ball):
+            raise InvalidDomain(f"domain {i} is {type(one).__name__}; a lipguard.Box or lipguard.Ball is needed.")
+        try:
+            one.bounds(size)
+        except InvalidDomain as error:
+            raise InvalidDomain(f"domain {i}: {error}") from error if several else error
+    return domains, several
 
 
 def network_of(

@@ -21,7 +21,7 @@ from lipguard.verify import verify
 
 Solver = Callable[[SlopeProgram, Tensor | None, float], Proposal]
 
-_LARGEST_DENSE = 1500
+LARGEST_DENSE = 1500
 """Order of the matrix inequality up to which the interior point method is chosen: about half a minute."""
 
 _LARGEST_CHECKED = 30_000
@@ -82,7 +82,7 @@ class Semidefinite:
         program = problem.program
         if not program.sizes or not any(-1 in row for row in (*program.rows, program.out)):
             return Spectral()(network, query)
-        name = self.solver if self.solver != "auto" else ("interior-point" if program.order <= _LARGEST_DENSE else "first-order")
+        name = self.solver if self.solver != "auto" else ("interior-point" if program.order <= LARGEST_DENSE else "first-order")
         start = None if state is None or state.t.numel() != program.neurons else problem.to_program(state.t, state.rho)
         notes: list[str] = []
         try:

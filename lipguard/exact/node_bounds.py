@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lipguard.exact import batched
+from lipguard.solvers import batched
 from lipguard.verify.partition import interval_norms
 from lipguard.verify.phase_form import PhaseForm
 from lipguard.verify.phases import Ranges

@@ -58,12 +58,15 @@ def domain_form(domain: Domain | None, inputs: int) -> DomainForm:
         center = domain.checked_center(inputs).numpy()
         ones = np.ones(inputs) if domain.radius > 0 else np.zeros(inputs)
         scale = float(domain.radius) or 1.0
+        low, high = -ones, ones
+        if domain.box is not None:
+            low, high = (np.clip((v.numpy() - center) / scale, -ones, ones) for v in domain.box.bounds(inputs))
         if domain.norm != 1.0 or domain.radius == 0:
             round_ball = domain.norm == 2.0 and domain.radius > 0 and inputs > 1
-            return DomainForm(center, scale, -ones, ones, none, nothing, 0, round_ball, domain)
+            return DomainForm(center, scale, low, high, none, nothing, 0, round_ball, domain)
         eye = np.eye(inputs)
         rows = np.block([[eye, -eye], [-eye, -eye], [np.zeros((1, inputs)), np.ones((1, inputs))]])
-        return DomainForm(center, scale, -ones, ones, rows, np.r_[np.zeros(2 * inputs), 1.0], inputs, False, domain)
+        return DomainForm(center, scale, low, high, rows, np.r_[np.zeros(2 * inputs), 1.0], inputs, False, domain)
     low, high = (v.numpy() for v in domain.bounds(inputs))
     center = low / 2 + high / 2
     scale = float((high / 2 - low / 2).max(initial=0.0)) or 1.0

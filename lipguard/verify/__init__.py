@@ -8,16 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
-from lipguard.certificate import Certificate, Factors, Multipliers, Partition, SolverReport, Witness
+from lipguard.certificate import (
+    Certificate,
+    Domain,
+    Factors,
+    LocalMultipliers,
+    Multipliers,
+    Partition,
+    Slopes,
+    SolverReport,
+    Witness,
+)
 from lipguard.errors import NotCertified
 from lipguard.network import Network
 from lipguard.verify.factors import check_factors
+from lipguard.verify.local import check_local_multipliers, check_slopes
 from lipguard.verify.multipliers import check_multipliers
 from lipguard.verify.partition import check_partition
 from lipguard.verify.witness import check_witness
 
-__all__ = ["verify"]
+__all__ = ["verify", "verify_local"]
 
 
 def verify(network: Network, certificate: Certificate) -> Certificate:
@@ -29,12 +41,13 @@ def verify(network: Network, certificate: Certificate) -> Certificate:
     Raises:
         NotCertified: the digest is another network's, or the evidence proves nothing.
     """
-    if certificate.digest != network.digest:
-        raise NotCertified(
-            f"the certificate is of network {certificate.digest[:12]}, this one is {network.digest[:12]}: "
-            "a weight or the structure differs."
-        )
     evidence = certificate.evidence
+    if isinstance(evidence, LocalMultipliers | Slopes):
+        verified = verify_local(network, [certificate])[0]
+        if verified is None:
+            raise NotCertified(f"no squared bound within 1 % of {certificate.value**2:.6g} is provable on the domain.")
+        return verified
+    _check_digest(network, certificate)
     match evidence:
         case Factors():
             value = check_factors(network, evidence, certificate.norm)
@@ -52,3 +65,44 @@ def verify(network: Network, certificate: Certificate) -> Certificate:
     if math.isnan(value) or math.isinf(value):
         raise NotCertified(f"{type(evidence).__name__} proves no finite bound.")
     return dataclasses.replace(certificate, value=value, rigor="verified")
+
+
+def verify_local(network: Network, certificates: Sequence[Certificate]) -> list[Certificate | None]:
+    """Prove bounds on many domains at once; None for each whose evidence proves nothing.
+
+    Args:
+        network: the network of all of them.
+        certificates: upper bounds with `LocalMultipliers` or `Slopes` for evidence, all with the same norm.
+    Raises:
+        NotCertified: a digest is another network's, a domain is missing, or multipliers are of another number.
+    """
+    for certificate in certificates:
+        _check_digest(network, certificate)
+        if certificate.side != "upper":
+            raise NotCertified(f"slopes on a domain prove upper bounds, the certificate claims a {certificate.side} bound.")
+        if certificate.domain is None or certificate.norm != certificates[0].norm:
+            raise NotCertified("local evidence needs a domain, and one norm for all certificates.")
+    proved: list[Certificate | None] = [None] * len(certificates)
+    for kind in (LocalMultipliers, Slopes):
+        which = [i for i, certificate in enumerate(certificates) if isinstance(certificate.evidence, kind)]
+        if not which:
+            continue
+        domains = [domain for i in which if (domain := certificates[i].domain) is not None]
+        norm = certificates[0].norm
+        if kind is Slopes:
+            values = check_slopes(network, domains, norm)
+        else:
+            evidence = [item for i in which if isinstance(item := certificates[i].evidence, LocalMultipliers)]
+            values = check_local_multipliers(network, evidence, domains, norm)
+        for i, value in zip(which, values, strict=True):
+            if math.isfinite(value):
+                proved[i] = dataclasses.replace(certificates[i], value=value, rigor="verified")
+    return proved
+
+
+def _check_digest(network: Network, certificate: Certificate) -> None:
+    if certificate.digest != network.digest:
+        raise NotCertified(
+            f"the certificate is of network {certificate.digest[:12]}, this one is {network.digest[:12]}: "
+            "a weight or the structure differs."
+        )

@@ -1,7 +1,7 @@
 """Many small LipSDPs at once: the interior point method of `solvers.interior_point` on batches, stopped by a cut-off.
 
-Branch and bound does not want each optimum: a node is done as soon as its multipliers prove a value below the
-incumbent, or its dual value exceeds it (then it must be branched). Batches of equal size keep the work in few calls.
+Branch and bound does not want each optimum, nor does the proof of a radius: a program is done as soon as its multipliers
+prove a value below the cut-off, or its dual value exceeds it. Batches of equal size keep the work in few calls.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _definite(x: Tensor) -> Tensor:
 
 def _steps(x: Tensor, d: Tensor, tries: int) -> Tensor:
     """For each pair a step s <= 1 with x + s d > 0; 1 only if 1.02 is possible."""
-    low, high = torch.zeros(len(x), dtype=x.dtype), torch.full((len(x),), 1.02, dtype=x.dtype)
+    low, high = x.new_zeros(len(x)), x.new_full((len(x),), 1.02)
     whole = _definite(x + 1.02 * d)
     rest = (~whole).nonzero()[:, 0]
     for _ in range(tries):
@@ -128,7 +128,7 @@ def start(batch: Batch, t: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
 
 def _repair(batch: Batch, t: Tensor, rho: Tensor, tries: int) -> Tensor:
     """Raise rho in place until (t, rho) is strictly feasible; returns the programs where it is not yet."""
-    left = torch.arange(len(rho))
+    left = torch.arange(len(rho), device=rho.device)
     for _ in range(tries):
         some = batch if len(left) == len(rho) else batch.pick(left)
         left = left[~_definite(some.linear(rho[left], t[left]) - some.c0)]
@@ -146,7 +146,7 @@ def cold(batch: Batch) -> tuple[Tensor, Tensor]:
     """
     f = batch.neurons
     s = batch.c0.clone()
-    t = torch.ones(len(s), f, dtype=s.dtype)
+    t = s.new_ones(len(s), f)
     largest = s.diagonal(dim1=-2, dim2=-1).amax(1).clamp_min(1e-30)
     for j in reversed(range(f)):
         own = torch.maximum(s[:, j, j], 1e-8 * largest)
@@ -161,27 +161,60 @@ def cold(batch: Batch) -> tuple[Tensor, Tensor]:
     return t, rho
 
 
+def layered(batch: Batch, layers: Tensor) -> tuple[Tensor, Tensor]:
+    """Strictly feasible (t, rho) without a parent, layer by layer: as `SlopeProgram.interior`.
+
+    With S what remains of C0 and the Schur complements behind, T_k = lambda_max(S_kk) I makes the pivot 2 T_k - S_kk at
+    least T_k: rho grows as the product of the layers' norms does, where one neuron at a time it can grow much faster.
+
+    Args:
+        batch: the programs.
+        layers: layer of each neuron, (K, f), not decreasing along the couplings' order.
+    """
+    f = batch.neurons
+    s = batch.c0.clone()
+    t = s.new_ones(len(s), f)
+    largest = s.diagonal(dim1=-2, dim2=-1).amax(1).clamp_min(1e-30)
+    for k in range(int(layers.max()), -1, -1):
+        here = (layers == k) & batch.present
+        if not bool(here.any()):
+            continue
+        mask = here.to(s.dtype)
+        own = s[:, :f, :f] * mask[:, :, None] * mask[:, None, :]
+        top = torch.maximum(torch.linalg.eigvalsh(own)[:, -1], 1e-8 * largest)
+        largest = torch.maximum(largest, top)
+        t = torch.where(here, top[:, None], t)
+        pivot = torch.diag_embed(torch.where(here, 2 * top[:, None], torch.ones_like(t))) - own
+        cross = (s[:, :f] + t[:, :, None] * batch.q) * mask[:, :, None]
+        columns = torch.cat([~here, torch.ones_like(s[:, 0, f:], dtype=torch.bool)], 1)
+        cross = cross * columns[:, None, :]
+        s = s + cross.mT @ torch.cholesky_solve(cross, torch.linalg.cholesky_ex(pivot).L)
+    rho = torch.linalg.eigvalsh(s[:, f:, f:])[:, -1].clamp_min(1e-30) * 4
+    _repair(batch, t, rho, 60)
+    return t, rho
+
+
 def solve(batch: Batch, t: Tensor, rho: Tensor, cutoff: Tensor | float, iterations: int, tol: float = 1e-7) -> Solved:
     """Improve strictly feasible (t, rho) until rho <= cutoff, the dual value exceeds it, or the iterations end.
 
     Args:
         batch: the programs.
         t, rho: strictly feasible, (K, f) and (K,).
-        cutoff: value of rho at which a program is done.
+        cutoff: value of rho at which a program is done; nan where only the gap counts.
         iterations: predictor-corrector steps at most.
         tol: relative gap at which a program is done.
     """
     count, f = t.shape
     order = batch.q.shape[2]
-    cut = torch.as_tensor(cutoff, dtype=rho.dtype).expand(count)
+    cut = torch.as_tensor(cutoff, dtype=rho.dtype, device=rho.device).expand(count)
     best_t, best_rho = t.clone(), rho.clone()
-    dual_value = torch.full((count,), -torch.inf, dtype=rho.dtype)
+    dual_value = rho.new_full((count,), -torch.inf)
     ratio, weight = torch.full_like(t, 0.5), torch.zeros_like(t)
-    live = torch.arange(count)
+    live = torch.arange(count, device=rho.device)
     z = batch.linear(rho, t) - batch.c0
     m = torch.cholesky_inverse(torch.linalg.cholesky_ex(z).L)
     y = m / m.diagonal(dim1=-2, dim2=-1)[:, f:].sum(1)[:, None, None]
-    b = torch.zeros(f + 1, dtype=rho.dtype)
+    b = rho.new_zeros(f + 1)
     b[f] = 1.0
     for iteration in range(iterations + 1):
         mu = (y * z).sum((1, 2)) / order

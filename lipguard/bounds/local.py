@@ -1,0 +1,224 @@
+"""Local bounds: LipSDP with the slopes that the neurons have on a domain, many domains at a time.
+
+The checker's own maps (`verify.localized`) are the programs' data: a neuron that is off or linear on the whole domain is
+no variable of them, which leaves small programs on small domains. The batched interior point method solves those of
+similar size together; few large ones, a chosen solver, or one multiplier a layer go one by one through `lipsdp`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lipguard.bounds.lipsdp import LipSDP, lipsdp
+from lipguard.bounds.semidefinite import LARGEST_DENSE, Semidefinite, check_query, propose
+from lipguard.certificate import Certificate, Domain, LocalMultipliers, Query, Slopes
+from lipguard.errors import SolverFailed, UnsupportedQuery
+from lipguard.network import Feedback, Network
+from lipguard.solvers import batched
+from lipguard.verify import verify_local
+from lipguard.verify.localized import Localized, chunk_size, localize
+
+_BATCHED = 400
+"""Order of a program up to which the batched method is used: beyond, the structured one is faster, one by one."""
+
+_ENTRIES = 4_000_000
+"""Entries of the matrix inequalities that are solved at once: 32 MB for each of some twenty arrays."""
+
+_LARGEST = 200_000_000
+"""Entries of Q up to which a network is localised: 1.6 GB, twice with the magnitudes."""
+
+_MOSTLY_FREE = 0.9
+"""Share of the slopes' widths from which the local program is about the global one, which is then solved as well."""
+
+
+@dataclass(frozen=True)
+class Local:
+    """Upper bounds on domains.
+
+    Attributes:
+        name: "lipsdp-neuron", "lipsdp-layer" or "spectral".
+        solver, tol, time_limit: of the semidefinite programs, as for `Semidefinite`.
+    """
+
+    name: str = "lipsdp-neuron"
+    solver: str = "auto"
+    tol: float = 1e-7
+    time_limit: float | None = None
+
+    def __call__(self, network: Network, query: Query, domains: Sequence[Domain]) -> list[Certificate]:
+        """One verified certificate for each domain, in their order.
+
+        Raises:
+            UnsupportedQuery: a semidefinite method with a norm other than 2.
+            InvalidDomain: a domain does not fit.
+        """
+        began = time.perf_counter()
+        deadline = math.inf if self.time_limit is None else began + self.time_limit
+        bare = Certificate(math.nan, "upper", query.norm, None, network.digest, self.name, Slopes())
+        proposed = [replace(bare, domain=domain) for domain in domains]
+        if self.name == "spectral":
+            found = verify_local(network, proposed)
+        else:
+            check_query(network, query, self.name)
+            proposed, share = self._proposals(network, proposed, deadline)
+            found = verify_local(network, proposed)
+            found = self._completed(network, query, proposed, found, share)
+        seconds = (time.perf_counter() - began) / max(1, len(domains))
+        return [replace(certificate, seconds=seconds) for certificate in found if certificate is not None]
+
+    def _proposals(self, network: Network, bare: list[Certificate], deadline: float) -> tuple[list[Certificate], float]:
+        """Certificates with multipliers where a solver found some, and the widest slopes on a domain as a share of those on R^d."""
+        n = network.neurons
+        result, share = list(bare), 0.0
+        if n * (n + network.inputs) > _LARGEST:
+            raise UnsupportedQuery(
+                f"{self.name} on a domain: {n} neurons and {network.inputs} inputs make matrices of "
+                f"{8e-9 * n * (n + network.inputs):.0f} GB. Use method='spectral', or bound a submodule."
+            )
+        step = chunk_size(network)
+        alpha, beta = network.slopes()
+        everywhere = float((beta - alpha).sum())
+        for start in range(0, len(bare), step):
+            maps = localize(network, [c.domain for c in bare[start : start + step] if c.domain is not None])
+            share = max(share, float(maps.width.sum(1).max()) / everywhere if everywhere > 0 else 0.0)
+            t, rho, notes = self._solve(maps, network, deadline)
+            full = torch.ones(len(t), n, dtype=torch.float64, device=t.device)
+            full.scatter_(1, torch.where(maps.present, maps.index, maps.index[:, :1]), torch.where(maps.present, t, t[:, :1]))
+            for i, value in enumerate(rho.tolist()):
+                evidence = LocalMultipliers(full[i].clone(), value)
+                result[start + i] = replace(bare[start + i], evidence=evidence, value=math.sqrt(max(value, 0.0)), note=notes[i])
+        return result, share
+
+    def _solve(self, maps: Localized, network: Network, deadline: float) -> tuple[Tensor, Tensor, list[str]]:
+        order = maps.index.shape[1] + min(maps.y.shape[1], network.inputs)
+        if self.solver == "auto" and self.name == "lipsdp-neuron" and order <= _BATCHED:
+            t, rho = solve(maps, tol=self.tol, deadline=deadline)
+            return t, rho, [""] * len(t)
+        t, rho = torch.ones_like(maps.index, dtype=torch.float64), maps.y.new_zeros(len(maps.y))
+        notes = []
+        for i in range(len(t)):
+            one = maps.pick(torch.tensor([i], device=t.device))
+            here, note = self._one(one, deadline)
+            notes.append(note)
+            t[i, : here[0].numel()], rho[i] = here
+        return t, rho, notes
+
+    def _one(self, maps: Localized, deadline: float) -> tuple[tuple[Tensor, float], str]:
+        """Multipliers and squared bound of a single map by a registered solver."""
+        problem = _program(maps, self.name == "lipsdp-layer")
+        program = problem.program
+        if not program.sizes or not program.channels:
+            return (maps.y.new_zeros(0), float(torch.linalg.matrix_norm(maps.y[0], 2)) ** 2), ""
+        name = self.solver if self.solver != "auto" else ("interior-point" if program.order <= LARGEST_DENSE else "first-order")
+        limit = None if deadline == math.inf else max(0.0, deadline - time.perf_counter())
+        try:
+            proposal = propose(name, program, None, self.tol, limit)
+        except SolverFailed as failure:
+            return (maps.y.new_ones(maps.index.shape[1]), 0.0), f"{name}: {failure}"
+        t = proposal.t.to(maps.y).clamp_min(torch.finfo(torch.float64).tiny)
+        s = program.eliminate(lambda k, _: t[program.slices[k]]).schur
+        rho = proposal.rho if proposal.inside or s is None else float(torch.linalg.eigvalsh(s)[-1])
+        note = "" if proposal.message in ("", "optimal") else f"{name}: {proposal.message}"
+        # From the multipliers of (beta - alpha) u to those of u.
+        return (problem.to_network(t, rho) * maps.width[0].square(), rho), note
+
+    def _completed(
+        self, network: Network, query: Query, proposed: list[Certificate], found: list[Certificate | None], share: float
+    ) -> list[Certificate | None]:
+        """The bounds, with another in the place of those that are not proved or exceed the one on all of R^d."""
+        missing = [i for i, certificate in enumerate(found) if certificate is None]
+        others = verify_local(network, [replace(proposed[i], evidence=Slopes(), method="spectral") for i in missing])
+        for i, other in zip(missing, others, strict=True):
+            if other is not None:
+                note = f"the multipliers are not provable; the bound by slopes alone, {other.value:.6g}, stands"
+                found[i] = replace(other, note="; ".join(filter(None, (proposed[i].note, note))))
+        if share >= _MOSTLY_FREE or any(certificate is None for certificate in found):
+            method = Semidefinite(self.name == "lipsdp-layer", self.solver, self.tol, self.time_limit)
+            overall, _ = method(network, replace(query, domain=None))
+            for i, certificate in enumerate(found):
+                if certificate is None or certificate.value > overall.value:
+                    found[i] = replace(overall, domain=proposed[i].domain)
+        return found
+
+
+def solve(
+    maps: Localized,
+    tol: float = 1e-7,
+    cutoff: Tensor | None = None,
+    iterations: int = 60,
+    deadline: float = math.inf,
+) -> tuple[Tensor, Tensor]:
+    """Multipliers (K, f) of the maps' programs, in the order of their places, and the squared bounds (K,) they give.
+
+    Args:
+        maps: K maps.
+        tol: relative gap of the squared bounds.
+        cutoff: squared bounds at which each program is done, (K,): also when it cannot reach it.
+        iterations: at most.
+        deadline: `time.perf_counter()` from which programs keep their starting multipliers.
+    """
+    count, f = maps.index.shape
+    t = torch.ones(count, f, dtype=torch.float64, device=maps.y.device)
+    rho = torch.zeros(count, dtype=torch.float64, device=maps.y.device)
+    sizes = maps.present.sum(1)
+    direct = (sizes == 0).nonzero()[:, 0]
+    if len(direct):
+        rho[direct] = torch.linalg.matrix_norm(maps.y[direct][:, :, f:], 2).square()
+    queue = sizes.argsort()[len(direct) :]
+    while len(queue):
+        # As many as fit with the largest of them, so that little is padded.
+        order = int(sizes[queue[-1]]) + min(maps.y.shape[1], maps.y.shape[2] - f)
+        some = queue[-max(1, min(64, _ENTRIES // order**2)) :]
+        queue = queue[: -len(some)]
+        late = time.perf_counter() > deadline
+        own = maps.pick(some)
+        limit = None if cutoff is None else cutoff[some]
+        t[some, : own.index.shape[1]], rho[some] = _batch(own, tol, limit, 0 if late else iterations)
+    return t, rho
+
+
+def _batch(maps: Localized, tol: float, cutoff: Tensor | None, iterations: int) -> tuple[Tensor, Tensor]:
+    f = maps.index.shape[1]
+    m, d = maps.y.shape[1], maps.y.shape[2] - f
+    transposed = m < d
+    if transposed:
+        # Layer k of the network is layer L - 1 - k of the transposed one, whose multipliers are rho / t.
+        q_t = torch.cat([maps.q[:, :, :f].mT, maps.y[:, :, :f].mT], 2)
+        out = torch.cat([maps.q[:, :, f:].mT, maps.y[:, :, f:].mT], 2)
+        flip = torch.arange(f - 1, -1, -1, device=out.device)
+        order = torch.cat([flip, torch.arange(f, f + m, device=out.device)])
+        out = out[:, :, order]
+        batch = batched.Batch(q_t[:, flip][:, :, order], out.mT @ out, maps.present[:, flip])
+        layers = (maps.layers.max() - maps.layers)[:, flip]
+    else:
+        batch, layers = batched.Batch(maps.q, maps.y.mT @ maps.y, maps.present), maps.layers
+    t, rho = batched.layered(batch, layers)
+    solved = batched.solve(batch, t, rho, math.nan if cutoff is None else cutoff, iterations, tol)
+    t = (solved.rho[:, None] / solved.t).flip(1) if transposed else solved.t
+    return torch.where(maps.present, t, torch.ones_like(t)), solved.rho
+
+
+def _program(maps: Localized, tied: bool) -> LipSDP:
+    """LipSDP of one map by layers; `tied`: one multiplier a layer, of the network's own neurons (beta - alpha) u."""
+    layers = [int(k) for k in maps.layers[0].unique()]
+    sizes = [int((maps.layers[0] == k).sum()) for k in layers]
+    f = sum(sizes)
+    width = maps.width[0]
+    columns = torch.cat([width, width.new_ones(maps.q.shape[2] - f)])
+    q, y = maps.q[0] / columns, maps.y[0] / columns
+    ends = [0, *torch.tensor(sizes).cumsum(0).tolist()]
+    places = [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+
+    def blocks(rows: Tensor, until: int) -> dict[int, Tensor]:
+        found = {-1: rows[:, f:]} if bool(rows[:, f:].any()) else {}
+        return found | {k: rows[:, here] for k, here in enumerate(places[:until]) if bool(rows[:, here].any())}
+
+    rows = tuple(blocks(q[here], k) for k, here in enumerate(places))
+    feedback = Feedback(q.shape[1] - f, len(y), tuple(sizes), rows, blocks(y, len(places)), torch.zeros_like(width), width)
+    return lipsdp(feedback, tied)
