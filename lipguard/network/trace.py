@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lipguard.errors import InvalidModel, UnsupportedLayer
-from lipguard.network import Activation, Affine, Input, Node, Sum
+from lipguard.network import Activation, Affine, Implicit, Input, Node, Sum
 from lipguard.network.activations import Elementwise
 from lipguard.network.operators import Operator
 from lipguard.network.rules import canonical, function_rule, module_rule
@@ -131,6 +131,16 @@ class Trace:
     def activation(self, x: Value, function: Elementwise) -> int:
         """The function on every entry of x."""
         return self._emit(Activation(x.node, function, self.path))
+
+    def implicit(self, v: Value, operator: Operator, function: Elementwise) -> int:
+        """The solution z of z = function(operator(z) + v).
+
+        Raises:
+            InvalidModel: the layer is not known to be well posed; the message says why.
+        """
+        node = Implicit(v.node, operator, function, self.path)
+        _ = node.scaling
+        return self._emit(node)
 
     def sum(self, *values: Value) -> int:
         """The sum of values of one shape."""
@@ -320,7 +330,7 @@ def _size(nodes: Sequence[Node], index: int) -> int:
             return node.size
         if isinstance(node, Affine):
             return node.operator.shape[0]
-        index = node.source if isinstance(node, Activation) else node.sources[0]
+        index = node.source if isinstance(node, Activation | Implicit) else node.sources[0]
 
 
 def _describe(func: Callable[..., Any], key: object) -> str:

@@ -1,0 +1,5 @@
+"""Trainable modules with built-in Lipschitz bounds. Ordinary `nn.Module`s; `lipguard.bound` reads each of them."""
+
+from lipguard.nn.equilibrium import ContractiveEquilibrium, LipschitzEquilibrium
+
+__all__ = ["ContractiveEquilibrium", "LipschitzEquilibrium"]
