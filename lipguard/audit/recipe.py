@@ -17,7 +17,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lipguard.audit.encoding import from_plain, to_plain
 from lipguard.errors import NotCertified
-from lipguard.network import Activation, Affine, Elementwise, Input, Network, Node, Operator, Sum, activations, operators, smooth
+from lipguard.network import (
+    Activation,
+    Affine,
+    Elementwise,
+    Implicit,
+    Input,
+    Network,
+    Node,
+    Operator,
+    Sum,
+    activations,
+    operators,
+    smooth,
+)
 from lipguard.network.capture import capture
 
 __all__ = ["Recipe", "captured", "rebuild", "recipe_of"]
@@ -33,7 +46,7 @@ _EXACT = frozenset({
 })  # fmt: skip
 """aten operations without side effects whose result IEEE 754 fixes to the bit: entrywise, one rounding, no long sums."""
 
-_NODES = {kind.__name__: kind for kind in (Input, Affine, Activation, Sum)}
+_NODES = {kind.__name__: kind for kind in (Input, Affine, Activation, Implicit, Sum)}
 _DROPPED = ("device", "layout", "pin_memory", "non_blocking", "memory_format")
 _LONGEST = 64
 """A tensor behind more operations than this is stored."""

@@ -8,7 +8,7 @@ optimum, multipliers rho / t, and outputs for channels: the side with fewer chan
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,6 +65,7 @@ def lipsdp(fb: Feedback, tied: bool = False) -> LipSDP:
     alpha, beta = torch.where(thin, fb.alpha - _THINNEST / 2, fb.alpha), torch.where(thin, fb.beta + _THINNEST / 2, fb.beta)
     rows, out = _unit_slopes(fb, alpha, beta - alpha)
     squares = (beta - alpha) ** 2
+    scaling = {k: t.to(squares) * squares[fb.slices[k]] for k, t in fb.scaling.items()}
     layers = range(len(fb.sizes))
     index = torch.arange(sum(fb.sizes), device=alpha.device)
     heard = [k for k in layers if k in out]
@@ -73,7 +74,7 @@ def lipsdp(fb: Feedback, tied: bool = False) -> LipSDP:
     backward = min(fb.outputs, sum(fb.sizes[k] for k in heard) + (fb.inputs if -1 in out else 0))
     transposed = backward < forward
     if not transposed:
-        program = _program(fb.sizes, fb.inputs, rows, out)
+        program = _program(fb.sizes, fb.inputs, rows, out, scaling)
         order, weights = index, squares
     else:
         # Layer k of the network is layer L - 1 - k of the program; Q' has the rows of Q for columns.
@@ -88,13 +89,15 @@ def lipsdp(fb: Feedback, tied: bool = False) -> LipSDP:
         outward = {last - k: rows[k][-1].T for k in seeing}
         if -1 in out:
             outward[-1] = out[-1].T
-        program = _program(tuple(reversed(fb.sizes)), fb.outputs, flipped, outward)
+        # T B + B'T < 2T becomes B T^-1 + T^-1 B' < 2 T^-1.
+        inverse = {last - k: 1 / t for k, t in scaling.items()}
+        program = _program(tuple(reversed(fb.sizes)), fb.outputs, flipped, outward, inverse)
         order = torch.cat([index[:0], *(index[s] for s in reversed(fb.slices))])
         weights = 1 / squares[order]
     if tied:
         groups = torch.cat([index[:0], *(torch.full_like(index[:size], k) for k, size in enumerate(program.sizes))])
         uniform = bool((weights == weights[:1]).all())
-        program = SlopeProgram(program.sizes, program.channels, program.rows, program.out, groups, None if uniform else weights)
+        program = replace(program, groups=groups, weights=None if uniform else weights)
     return LipSDP(program, squares, order, transposed, _balance(fb))
 
 
@@ -111,7 +114,10 @@ def _balance(fb: Feedback) -> Tensor:
 
 
 def _unit_slopes(fb: Feedback, alpha: Tensor, width: Tensor) -> tuple[list[dict[int, Tensor]], dict[int, Tensor]]:
-    """Blocks of p and y in terms of x (-1) and u (0, 1, ...), where w = alpha p + width u."""
+    """Blocks of p and y in terms of x (-1) and u (0, 1, ...), where w = alpha p + width u.
+
+    In an implicit layer p = r + W w = r + W (alpha p + width u), so that p = (I - W alpha)^-1 (r + W width u).
+    """
     rows: list[dict[int, Tensor]] = []
 
     def substitute(blocks: Mapping[int, Tensor]) -> dict[int, Tensor]:
@@ -131,12 +137,25 @@ def _unit_slopes(fb: Feedback, alpha: Tensor, width: Tensor) -> tuple[list[dict[
                     add(deeper, (block * alpha[here]) @ inner)
         return result
 
-    for row in fb.rows:
-        rows.append(substitute(row))
+    for k, row in enumerate(fb.rows):
+        found = substitute({source: block for source, block in row.items() if source != k})
+        if k in row:
+            here = fb.slices[k]
+            found[k] = row[k] * width[here]
+            if bool(alpha[here].any()):
+                system = torch.eye(fb.sizes[k], dtype=alpha.dtype, device=alpha.device) - row[k] * alpha[here]
+                found = {source: torch.linalg.solve(system, block) for source, block in found.items()}
+        rows.append(found)
     return rows, substitute(fb.out)
 
 
-def _program(sizes: tuple[int, ...], channels: int, rows: list[dict[int, Tensor]], out: dict[int, Tensor]) -> SlopeProgram:
+def _program(
+    sizes: tuple[int, ...],
+    channels: int,
+    rows: list[dict[int, Tensor]],
+    out: dict[int, Tensor],
+    scaling: dict[int, Tensor],
+) -> SlopeProgram:
     """The program of blocks; channels that no neuron and no output can tell apart are merged by a QR."""
     seeing = [row[-1] for row in rows if -1 in row] + ([out[-1]] if -1 in out else [])
     height = sum(block.shape[0] for block in seeing)
@@ -156,4 +175,4 @@ def _program(sizes: tuple[int, ...], channels: int, rows: list[dict[int, Tensor]
         if -1 in out and reduced is not None:
             out = {**out, -1: reduced[start:]}
         channels = height
-    return SlopeProgram(sizes, channels, tuple(rows), out)
+    return SlopeProgram(sizes, channels, tuple(rows), out, scaling=scaling)

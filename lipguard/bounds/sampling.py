@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lipguard.certificate import Certificate, Domain, Query, Witness
 from lipguard.errors import UnsupportedQuery
-from lipguard.network import Activation, Affine, Input, Network, Sum
+from lipguard.network import Activation, Affine, Implicit, Input, Network, Sum
 from lipguard.verify import verify
 
 
@@ -156,11 +156,28 @@ def _forward(network: Network, x: Tensor, v: Tensor, window: float) -> tuple[Ten
                 smooth.append((phi(z + h) - phi(z - h)) / (2 * h) * smooth[node.source])
                 low, high = phi.slope_range(z.detach(), z.detach())
                 true.append((low + high) / 2 * true[node.source])
+            case Implicit():
+                z, phi = node(values[node.source]), node.function
+                p = node.operator(z) + values[node.source]
+                h = window * p.detach().abs().mean(1, keepdim=True).clamp_min(1e-12)
+                low, high = phi.slope_range(p.detach(), p.detach())
+                values.append(z)
+                smooth.append(response(node, (phi(p + h) - phi(p - h)) / (2 * h), smooth[node.source]))
+                true.append(response(node, (low + high) / 2, true[node.source]))
             case Sum():
                 values.append(torch.stack([values[s] for s in node.sources]).sum(0))
                 smooth.append(torch.stack([smooth[s] for s in node.sources]).sum(0))
                 true.append(torch.stack([true[s] for s in node.sources]).sum(0))
     return smooth[-1], true[-1]
+
+
+def response(node: Implicit, slopes: Tensor, x: Tensor, transposed: bool = False) -> Tensor:
+    """(I - D W)^-1 D x for slopes (k, n) and x (k, n); transposed: x (I - D W)^-1 D for x (k, m, n)."""
+    weight = node.operator.dense()
+    system = torch.eye(len(weight), dtype=weight.dtype, device=weight.device) - slopes[:, :, None] * weight
+    if transposed:
+        return torch.linalg.solve(system, x.expand(len(system), -1, -1), left=False) * slopes[:, None, :]
+    return torch.linalg.solve(system, slopes * x)
 
 
 def slopes_at(network: Network, x: Tensor) -> list[Tensor]:
@@ -169,8 +186,11 @@ def slopes_at(network: Network, x: Tensor) -> list[Tensor]:
     result = []
     for i in network.activations:
         node = network.nodes[i]
-        assert isinstance(node, Activation)
-        low, high = node.function.slope_range(values[node.source], values[node.source])
+        assert isinstance(node, Activation | Implicit)
+        p = values[node.source]
+        if isinstance(node, Implicit):
+            p = p + node.operator(values[i])
+        low, high = node.function.slope_range(p, p)
         result.append((low + high) / 2)
     return result
 
@@ -194,6 +214,8 @@ def jacobian(network: Network, slopes: list[Tensor]) -> Tensor:
                 add(node.source, node.operator.transpose()(g))
             case Activation():
                 add(node.source, g * slopes[position[i]][:, None, :])
+            case Implicit():
+                add(node.source, response(node, slopes[position[i]], g, transposed=True))
             case Sum():
                 for source in node.sources:
                     add(source, g)
