@@ -32,8 +32,9 @@ def bound(
     Args:
         model: a module, read in eval mode and left as it is, or a captured `Network`.
         example: a batch of inputs, (batch, ...), any values; not needed for a `Network`.
-        method: "lipsdp-neuron" (the default for norm 2), "lipsdp-layer", "spectral" (the default else), or "sampling",
-            the only lower bound; or a name registered by another package.
+        method: "lipsdp-neuron" (the default for norm 2, and for other norms where it takes seconds), "lipsdp-layer",
+            "spectral" (the default else), "contraction" (absolute values: from norm inf or to norm 1, implicit layers
+            too), or "sampling", the only lower bound; or a name registered by another package.
         norm: 1, 2, inf, or a pair (input norm, output norm).
         domain: `Box`, `Ball` or None for all inputs. Upper bounds hold for all inputs, and so for every domain.
         solver: of the LipSDP methods: "auto", "interior-point", "first-order", "scs", "clarabel", "cvxopt", "mosek".
@@ -47,21 +48,30 @@ def bound(
         LipguardError: a bad model, example, name or query; the subclass and the message say which.
     """
     query = Query(norm_pair(norm), domain)
-    name = method or ("lipsdp-neuron" if query.norm == (2.0, 2.0) else "spectral")
+    if method is not None:
+        registry.method(method)
+    if solver != "auto" and (method is None or method.startswith("lipsdp")):
+        registry.solver(solver)
+    network = network_of(model, example, submodule, outputs)
+    if domain is not None:
+        domain.bounds(network.inputs)
+    name = method or default_method(network, query.norm)
     entry = registry.method(name)
     options: dict[str, Any] = {}
     if name.startswith("lipsdp"):
         options = {"solver": solver, "tol": tol, "time_limit": time_limit}
-        if solver != "auto":
-            registry.solver(solver)
     elif name == "sampling":
         options = {"time_limit": time_limit}
-    network = network_of(model, example, submodule, outputs)
-    if domain is not None:
-        domain.bounds(network.inputs)
     with one_thread():
         certificate, _ = entry.build(**options)(network, query, None)
     return certificate
+
+
+def default_method(network: Network, norm: tuple[float, float]) -> str:
+    """LipSDP for norm 2, and for other norms where its programs take seconds; else the product of the layers' norms."""
+    from lipguard.bounds.weighted import quick
+
+    return "lipsdp-neuron" if norm == (2.0, 2.0) or quick(network, norm) else "spectral"
 
 
 def network_of(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -53,12 +54,15 @@ class LipSDP:
         return rho / own if self.transposed else own
 
 
-def lipsdp(fb: Feedback, tied: bool = False) -> LipSDP:
+def lipsdp(fb: Feedback, tied: bool = False, free: Literal["inputs", "outputs"] | None = None) -> LipSDP:
     """LipSDP of a feedback form.
 
     Args:
         fb: the feedback form with slope intervals.
         tied: one multiplier a layer (`lipsdp-layer`) instead of one a neuron (`lipsdp-neuron`).
+        free: the side whose entries have a weight each: the inputs for bounds from the inf-norm, ||y||_2^2 <=
+            sum_k mu_k x_k^2, or the outputs, of the transposed network, for bounds to the 1-norm:
+            sum_i y_i^2 / mu_i <= ||x||_2^2. The sum of the weights is minimised.
     Source: Fazlyab et al. 2019, arXiv:1906.04893, Theorem 2 and section 3.
     """
     thin = (fb.beta - fb.alpha) < _THINNEST
@@ -72,9 +76,9 @@ def lipsdp(fb: Feedback, tied: bool = False) -> LipSDP:
     seeing = [k for k in layers if -1 in rows[k]]
     forward = min(fb.inputs, sum(fb.sizes[k] for k in seeing) + (fb.outputs if -1 in out else 0))
     backward = min(fb.outputs, sum(fb.sizes[k] for k in heard) + (fb.inputs if -1 in out else 0))
-    transposed = backward < forward
+    transposed = backward < forward if free is None else free == "outputs"
     if not transposed:
-        program = _program(fb.sizes, fb.inputs, rows, out, scaling)
+        program = _program(fb.sizes, fb.inputs, rows, out, scaling, free is None)
         order, weights = index, squares
     else:
         # Layer k of the network is layer L - 1 - k of the program; Q' has the rows of Q for columns.
@@ -91,7 +95,7 @@ def lipsdp(fb: Feedback, tied: bool = False) -> LipSDP:
             outward[-1] = out[-1].T
         # T B + B'T < 2T becomes B T^-1 + T^-1 B' < 2 T^-1.
         inverse = {last - k: 1 / t for k, t in scaling.items()}
-        program = _program(tuple(reversed(fb.sizes)), fb.outputs, flipped, outward, inverse)
+        program = _program(tuple(reversed(fb.sizes)), fb.outputs, flipped, outward, inverse, free is None)
         order = torch.cat([index[:0], *(index[s] for s in reversed(fb.slices))])
         weights = 1 / squares[order]
     if tied:
@@ -155,11 +159,12 @@ def _program(
     rows: list[dict[int, Tensor]],
     out: dict[int, Tensor],
     scaling: dict[int, Tensor],
+    merge: bool,
 ) -> SlopeProgram:
-    """The program of blocks; channels that no neuron and no output can tell apart are merged by a QR."""
+    """The program of blocks; channels that no neuron and no output can tell apart are merged by a QR, or else all are free."""
     seeing = [row[-1] for row in rows if -1 in row] + ([out[-1]] if -1 in out else [])
     height = sum(block.shape[0] for block in seeing)
-    if height < channels:
+    if merge and height < channels:
         # G = [A; D] = R' O' with O orthonormal: only O'x is felt, of dimension `height`.
         reduced = torch.linalg.qr(torch.cat(seeing).T, mode="r").R.T.contiguous() if seeing else None
         start = 0
@@ -175,4 +180,4 @@ def _program(
         if -1 in out and reduced is not None:
             out = {**out, -1: reduced[start:]}
         channels = height
-    return SlopeProgram(sizes, channels, tuple(rows), out, scaling=scaling)
+    return SlopeProgram(sizes, channels, tuple(rows), out, scaling=scaling, free=not merge)

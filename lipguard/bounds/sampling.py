@@ -55,7 +55,7 @@ class Sampling:
         if (p, q) != (2.0, 2.0) and p != 1 and q != math.inf:
             raise UnsupportedQuery(f"sampling evaluates Jacobian norms from 1, to inf, and (2, 2), not {query.norm}.")
         deadline = math.inf if self.time_limit is None else began + self.time_limit
-        x, v = self._start(network, query.domain, state)
+        x, v = self._start(network, query.domain, state, _affordable(network, self.starts))
         with torch.inference_mode(False), torch.enable_grad():
             x, v = _ascend(network, query, x, v, self.steps, deadline)
         with torch.no_grad():
@@ -67,22 +67,32 @@ class Sampling:
         certificate = replace(verify(network, proposed), seconds=time.perf_counter() - began)
         return certificate, Points(x[order], directions[order])
 
-    def _start(self, network: Network, domain: Domain | None, state: Points | None) -> tuple[Tensor, Tensor]:
+    def _start(self, network: Network, domain: Domain | None, state: Points | None, starts: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
         d = network.inputs
         if domain is not None:
-            x = domain.sample(self.starts, d, generator)
+            x = domain.sample(starts, d, generator)
         else:
             # All of R^d: scales from 1/10 to 100, since biases decide where the regions lie.
-            scales = torch.logspace(-1, 2, self.starts, dtype=torch.float64)[:, None]
-            x = torch.randn(self.starts, d, generator=generator, dtype=torch.float64) * scales
-        v = torch.randn(self.starts, d, generator=generator, dtype=torch.float64)
+            scales = torch.logspace(-1, 2, starts, dtype=torch.float64)[:, None]
+            x = torch.randn(starts, d, generator=generator, dtype=torch.float64) * scales
+        v = torch.randn(starts, d, generator=generator, dtype=torch.float64)
         if state is not None and state.inputs.shape[1] == d:
-            keep = min(len(state.inputs), max(1, self.starts // 2))
+            keep = min(len(state.inputs), max(1, starts // 2))
             x[:keep], v[:keep] = state.inputs[:keep], state.directions[:keep]
             if domain is not None:
                 x = domain.project(x)
         return x.to(network.device), torch.nn.functional.normalize(v, dim=1).to(network.device)
+
+
+def _affordable(network: Network, starts: int) -> int:
+    """Fewer starts where an implicit layer takes a matrix factorisation for each of them in every step."""
+    cubes = sum(network.sizes[i] ** 3 for i, node in enumerate(network.nodes) if isinstance(node, Implicit))
+    return starts if cubes == 0 else max(min(starts, 8), min(starts, int(_CUBES / cubes)))
+
+
+_CUBES = 5e6
+"""Cubes of the sizes of implicit layers, times the starts: about 20 ms a step."""
 
 
 def _ascend(network: Network, query: Query, x: Tensor, v: Tensor, steps: int, deadline: float) -> tuple[Tensor, Tensor]:

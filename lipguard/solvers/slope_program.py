@@ -5,6 +5,9 @@
 over N = n + r coordinates: n neurons, then r channels (inputs, or outputs of the transposed network). q_j is row j of
 Q = [B A], B lower block triangular, with blocks on the diagonal where a layer is implicit; E selects the channels;
 C0 = [C D]'[C D]. Z >= 0 implies t >= 0 where B has no diagonal blocks.
+
+With `free` channels rho E becomes diag(rho_1, ..., rho_r) on the channels, and sum_k rho_k is minimised: the square of a bound
+from the inf-norm, since ||y||^2 <= sum_k rho_k x_k^2.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ class SlopeProgram:
         out: [C D] by source: `out[l]` (m, n_l) and `out[-1]` (m, r); C0 = [C D]'[C D].
         groups: index of the multiplier of each neuron, (n,); None for one each. A group lies within one layer.
         weights: s, the fixed factor between a neuron's multiplier and its group's, (n,); None for ones.
+        free: one rho for each channel.
         scaling: for an implicit layer k, T > 0 (n_k,) with 2T - T B_kk - B_kk'T > 0; ones where none is given.
     """
 
@@ -43,6 +47,7 @@ class SlopeProgram:
     groups: Tensor | None = None
     weights: Tensor | None = None
     scaling: Mapping[int, Tensor] = field(default_factory=dict)
+    free: bool = False
 
     @property
     def neurons(self) -> int:
@@ -69,7 +74,7 @@ class SlopeProgram:
         out = {s: b.to(dtype) for s, b in self.out.items()}
         weights = None if self.weights is None else self.weights.to(dtype)
         scaling = {k: t.to(dtype) for k, t in self.scaling.items()}
-        return SlopeProgram(self.sizes, self.channels, rows, out, self.groups, weights, scaling)
+        return SlopeProgram(self.sizes, self.channels, rows, out, self.groups, weights, scaling, self.free)
 
     @cached_property
     def options(self) -> dict[str, torch.dtype | torch.device]:
@@ -122,8 +127,8 @@ class SlopeProgram:
                 out[self.slices[k]].addmm_(block, x[self.slices[source]])
         return out
 
-    def linear(self, rho: float, t: Tensor) -> Tensor:
-        """Z(rho, t) + C0: the part that is linear in (rho, t)."""
+    def linear(self, rho: float | Tensor, t: Tensor) -> Tensor:
+        """Z(rho, t) + C0: the part that is linear in (rho, t); rho is a number, or (1,), or (r,) where channels are free."""
         z = torch.zeros_like(self.constant)
         for k, row in enumerate(self.rows):
             here = self.slices[k]
@@ -137,18 +142,19 @@ class SlopeProgram:
         diagonal[self.neurons :] += rho
         return z
 
-    def z(self, rho: float, t: Tensor) -> Tensor:
+    def z(self, rho: float | Tensor, t: Tensor) -> Tensor:
         """The matrix that must be positive semidefinite."""
         return self.linear(rho, t) - self.constant
 
     def adjoint(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """(<S_j, Y>)_j and <E, Y> for symmetric Y, where Z = rho E + sum_j t_j S_j - C0."""
+        """(<S_j, Y>)_j and <E, Y>, (1,) or with free channels (r,), where Z = rho E + sum_j t_j S_j - C0, Y symmetric."""
         s = y.diagonal()[: self.neurons].clone()
         for k, row in enumerate(self.rows):
             here = self.slices[k]
             for source, block in row.items():
                 s[here] -= (block * y[here, self.slices[source]]).sum(1)
-        return 2 * s, y.diagonal()[self.neurons :].sum()
+        e = y.diagonal()[self.neurons :]
+        return 2 * s, e if self.free else e.sum(0, keepdim=True)
 
     def interior(self, t: Tensor | None = None, margin: float = 1.0) -> tuple[Tensor, float]:
         """Multipliers for which Z(rho, t) > 0 at every rho above the returned one.
@@ -316,7 +322,8 @@ class Proposal:
 
     `gap` is the relative distance (rho - dual value) / rho by the solver's own account; nan where it has none.
     `rho` is believed by the checker only after its own proof; a solver that keeps to the cone sets `inside`, and then
-    this rho is tried as it is, else the least rho of the multipliers is found first.
+    this rho is tried as it is, else the least rho of the multipliers is found first. With free channels `rho` is the sum of
+    `weights`, (r,).
     """
 
     t: Tensor
@@ -325,3 +332,4 @@ class Proposal:
     iterations: int
     message: str = ""
     inside: bool = False
+    weights: Tensor | None = None

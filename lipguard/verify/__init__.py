@@ -9,12 +9,23 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from lipguard.certificate import Certificate, Factors, Multipliers, Partition, SolverReport, Witness
+from lipguard.certificate import (
+    Certificate,
+    Factors,
+    Magnitudes,
+    Multipliers,
+    Partition,
+    SolverReport,
+    WeightedMultipliers,
+    Witness,
+)
 from lipguard.errors import NotCertified
 from lipguard.network import Network
 from lipguard.verify.factors import check_factors
+from lipguard.verify.magnitudes import check_magnitudes
 from lipguard.verify.multipliers import check_multipliers
 from lipguard.verify.partition import check_partition
+from lipguard.verify.weighted import check_weighted
 from lipguard.verify.witness import check_witness
 
 __all__ = ["verify"]
@@ -40,6 +51,10 @@ def verify(network: Network, certificate: Certificate) -> Certificate:
             value = check_factors(network, evidence, certificate.norm)
         case Multipliers():
             value = check_multipliers(network, evidence, certificate.norm)
+        case Magnitudes():
+            value = check_magnitudes(network, evidence, certificate.norm)
+        case WeightedMultipliers():
+            value = check_weighted(network, evidence, certificate.norm)
         case Witness():
             value = check_witness(network, evidence, certificate.norm, certificate.domain)
         case Partition():
