@@ -37,6 +37,10 @@ _LEAST = 1e-12
 
 _PULLS = (None, 1e-9, 1e-7, 1e-5, 1e-3, 1e-2, 0.1)
 
+_SLACKS = (1e-12, 1e-11, 1e-10, 1e-9, 1e-7, 1e-5)
+"""Relative increases of the weights: the checker's own increase of rho, one number for the inputs, does not reach directions
+that the weights of several outputs leave without room."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -164,19 +168,25 @@ def _best(network: Network, problem: LipSDP, proposal: Proposal, i: int, norm: t
             schur = program.eliminate(lambda k, _, inside=inside: inside[program.slices[k]]).schur
             if schur is None:
                 raise SolverFailed("the output does not feel the input.")
-            part = _part(problem, inside, schur, proposal.weights)
-            return check_part(network, part, i, norm), part
-        except (NotCertified, SolverFailed) as failure:
+        except SolverFailed as failure:
             reason = failure
+            continue
+        for slack in _SLACKS:
+            try:
+                part = _part(problem, inside, schur, proposal.weights, slack)
+                return check_part(network, part, i, norm), part
+            except (NotCertified, SolverFailed) as failure:
+                reason = failure
     raise NotCertified(f"part {i}: {reason}")
 
 
-def _part(problem: LipSDP, t: Tensor, schur: Tensor, weights: Tensor | None) -> Part:
-    """Evidence from multipliers inside the cone: the least rho, or the given weights times the least factor."""
+def _part(problem: LipSDP, t: Tensor, schur: Tensor, weights: Tensor | None, slack: float) -> Part:
+    """Evidence from multipliers inside the cone: the least rho, or the given weights times the least factor; and the slack."""
     if weights is None:
         rho = float(torch.linalg.eigvalsh(schur)[-1])
         if not (math.isfinite(rho) and rho > 0):
             raise SolverFailed(f"the multipliers give rho = {rho:g}.")
+        rho *= 1 + slack
         return Part(problem.to_network(t, rho), rho)
     own = torch.where(weights.isfinite(), weights, torch.zeros_like(weights))
     own = own.clamp_min(_LEAST * float(own.clamp_min(0).mean()) + torch.finfo(torch.float64).tiny)
@@ -184,7 +194,7 @@ def _part(problem: LipSDP, t: Tensor, schur: Tensor, weights: Tensor | None) -> 
     factor = float(torch.linalg.eigvalsh(root[:, None] * schur * root)[-1])
     if not (math.isfinite(factor) and factor > 0):
         raise SolverFailed(f"the weights need a factor {factor:g}.")
-    return Part(problem.to_network(t, 1.0), 1.0, factor * own)
+    return Part(problem.to_network(t, 1.0), 1.0, (1 + slack) * factor * own)
 
 
 def _complete(found: dict[int, tuple[float, Part]], count: int) -> WeightedMultipliers:
