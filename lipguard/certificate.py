@@ -271,6 +271,36 @@ class Slopes:
 
 
 @dataclass(frozen=True, eq=False)
+class Magnitudes:
+    """For every implicit layer, by its index, a positive vector (n,) above its response to what reaches it, entry by entry.
+
+    Where the norm is from inf the response is of increments carried forwards, else of functionals carried backwards.
+    """
+
+    vectors: dict[int, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Multipliers (n,) of one output (input norm 2 or inf) or one input (output norm 2 or 1), and weights of the other side.
+
+    `weights`, one per input (from inf) or output (to 1), are mu > 0 with |y_i|^2 <= sum_k mu_k x_k^2, or with
+    sum_i y_i^2 / mu_i <= x_k^2; None where that side has the 2-norm, whose square is `rho` times the other's.
+    """
+
+    t: Tensor
+    rho: float
+    weights: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class WeightedMultipliers:
+    """Weighted matrix inequalities: one for each output where the output norm is inf, for each input where the input's is 1."""
+
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Witness:
     """A point and a direction: ||J(point) direction|| / ||direction|| bounds the constant from below."""
 
@@ -313,7 +343,9 @@ class Partition:
     value: float
 
 
-Evidence = Factors | Multipliers | LocalMultipliers | Slopes | Witness | Partition | SolverReport
+Evidence = (
+    Factors | Multipliers | LocalMultipliers | Slopes | Magnitudes | WeightedMultipliers | Witness | Partition | SolverReport
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -43,6 +43,14 @@ class SolverFailed(LipguardError):
     """The solver ran and returned nothing usable."""
 
 
+class NotConverged(SolverFailed):
+    """An iteration ended above its tolerance; the message says the residual."""
+
+
+class SlowConvergence(UserWarning):
+    """In training, an equilibrium was not reached within its iterations; the message says the residual."""
+
+
 class Contradiction(LipguardError):
     """A verified lower bound exceeds a verified upper bound: always a bug."""
 

@@ -200,7 +200,7 @@ def test_names_and_queries_that_do_not_exist():
     with pytest.raises(UnsupportedQuery, match="a norm is 1, 2 or inf"):
         lg.bound(known.make(), known.example, norm=3)
     with pytest.raises(UnsupportedQuery, match="Use method='spectral'"):
-        lg.bound(known.make(), known.example, method="lipsdp-neuron", norm=INF)
+        lg.bound(known.make(), known.example, method="lipsdp-neuron", norm=(INF, 1))
     with pytest.raises(InvalidDomain, match="2 entries, the network has 1 inputs"):
         lg.bound(known.make(), known.example, domain=lg.Box([0.0, 0.0], 1.0))
     with pytest.raises(UnsupportedQuery, match="solves milp, miqcqp problems"):

@@ -18,12 +18,15 @@ from lipguard.certificate import (
     Factors,
     Leaf,
     LocalMultipliers,
+    Magnitudes,
     Multipliers,
+    Part,
     Partition,
     Rigor,
     Side,
     Slopes,
     SolverReport,
+    WeightedMultipliers,
     Witness,
     domain_from_json,
     norm_pair,
@@ -136,6 +139,11 @@ def _evidence_json(evidence: Evidence) -> dict[str, Any]:
             return {"kind": "local-multipliers", "t": to_plain(evidence.t), "rho": float(evidence.rho)}
         case Slopes():
             return {"kind": "slopes"}
+        case Magnitudes():
+            return {"kind": "magnitudes", "vectors": {str(node): to_plain(y) for node, y in evidence.vectors.items()}}
+        case WeightedMultipliers():
+            parts = [{f.name: _field_json(getattr(part, f.name)) for f in fields(part)} for part in evidence.parts]
+            return {"kind": "weighted-multipliers", "parts": parts}
         case Witness():
             return {"kind": "witness", "point": to_plain(evidence.point), "direction": to_plain(evidence.direction)}
         case Partition():
@@ -155,6 +163,10 @@ def _evidence(value: Mapping[str, Any]) -> Evidence:
             return LocalMultipliers(from_plain(value["t"]), float(value["rho"]))
         case "slopes":
             return Slopes()
+        case "magnitudes":
+            return Magnitudes({int(node): from_plain(y) for node, y in value["vectors"].items()})
+        case "weighted-multipliers":
+            return WeightedMultipliers(tuple(Part(**{name: _field(f) for name, f in part.items()}) for part in value["parts"]))
         case "witness":
             return Witness(from_plain(value["point"]), from_plain(value["direction"]))
         case "partition":

@@ -23,6 +23,7 @@ from lipguard.network import (
     Coupled,
     Coupling,
     Elementwise,
+    Implicit,
     Input,
     Network,
     Node,
@@ -48,7 +49,7 @@ _EXACT = frozenset({
 })  # fmt: skip
 """aten operations without side effects whose result IEEE 754 fixes to the bit: entrywise, one rounding, no long sums."""
 
-_NODES = {kind.__name__: kind for kind in (Input, Affine, Activation, Sum, Coupled)}
+_NODES = {kind.__name__: kind for kind in (Input, Affine, Activation, Implicit, Sum, Coupled)}
 _DROPPED = ("device", "layout", "pin_memory", "non_blocking", "memory_format")
 _LONGEST = 64
 """A tensor behind more operations than this is stored."""

@@ -42,8 +42,9 @@ def bound(
     Args:
         model: a module, read in eval mode and left as it is, or a captured `Network`.
         example: a batch of inputs, (batch, ...), any values; not needed for a `Network`.
-        method: "lipsdp-neuron" (the default for norm 2), "lipsdp-layer", "spectral" (the default else), or "sampling",
-            the only lower bound; or a name registered by another package.
+        method: "lipsdp-neuron" (the default for norm 2, and for other norms where it takes seconds), "lipsdp-layer",
+            "spectral" (the default else), "contraction" (absolute values: from norm inf or to norm 1, implicit layers
+            too), or "sampling", the only lower bound; or a name registered by another package.
         norm: 1, 2, inf, or a pair (input norm, output norm).
         domain: `Box`, `Ball` or None for all inputs; or a sequence of them; or one whose centre (whose ends) is a batch,
             of shape (B, ...) with B > 1.
@@ -59,17 +60,19 @@ def bound(
         LipguardError: a bad model, example, name or query; the subclass and the message say which.
     """
     query = Query(norm_pair(norm), None)
-    name = method or ("lipsdp-neuron" if query.norm == (2.0, 2.0) else "spectral")
+    if method is not None:
+        registry.method(method)
+    if solver != "auto" and (method is None or method.startswith("lipsdp")):
+        registry.solver(solver)
+    network = network_of(model, example, submodule, outputs)
+    domains, several = _domains(domain, network.inputs)
+    name = method or default_method(network, query.norm)
     entry = registry.method(name)
     options: dict[str, Any] = {}
     if name.startswith("lipsdp"):
         options = {"solver": solver, "tol": tol, "time_limit": time_limit}
-        if solver != "auto":
-            registry.solver(solver)
     elif name == "sampling":
         options = {"time_limit": time_limit}
-    network = network_of(model, example, submodule, outputs)
-    domains, several = _domains(domain, network.inputs)
     with one_thread():
         if domains and name in LOCAL:
             certificates = Local(name, **options)(network, query, domains)
@@ -97,6 +100,13 @@ def _domains(domain: Domain | Sequence[Domain] | None, size: int) -> tuple[list[
         except InvalidDomain as error:
             raise InvalidDomain(f"domain {i}: {error}") from error if several else error
     return domains, several
+
+
+def default_method(network: Network, norm: tuple[float, float]) -> str:
+    """LipSDP for norm 2, and for other norms where its programs take seconds; else the product of the layers' norms."""
+    from lipguard.bounds.weighted import quick
+
+    return "lipsdp-neuron" if norm == (2.0, 2.0) or quick(network, norm) else "spectral"
 
 
 def network_of(

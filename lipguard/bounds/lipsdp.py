@@ -8,7 +8,8 @@ optimum, multipliers rho / t, and outputs for channels: the side with fewer chan
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class LipSDP:
         return rho / own if self.transposed else own
 
 
-def lipsdp(fb: Feedback, tied: bool = False) -> LipSDP:
+def lipsdp(fb: Feedback, tied: bool = False, free: Literal["inputs", "outputs"] | None = None) -> LipSDP:
     """LipSDP of a feedback form.
 
     Neurons that share a multiplier (`fb.groups`) are sorts, all with slopes [-1, 1]: the change of variables keeps the tie.
@@ -61,21 +62,25 @@ def lipsdp(fb: Feedback, tied: bool = False) -> LipSDP:
     Args:
         fb: the feedback form with slope intervals.
         tied: one multiplier a layer (`lipsdp-layer`) instead of one a neuron (`lipsdp-neuron`).
+        free: the side whose entries have a weight each: the inputs for bounds from the inf-norm, ||y||_2^2 <=
+            sum_k mu_k x_k^2, or the outputs, of the transposed network, for bounds to the 1-norm:
+            sum_i y_i^2 / mu_i <= ||x||_2^2. The sum of the weights is minimised.
     Source: Fazlyab et al. 2019, arXiv:1906.04893, Theorem 2 and section 3.
     """
     thin = (fb.beta - fb.alpha) < _THINNEST
     alpha, beta = torch.where(thin, fb.alpha - _THINNEST / 2, fb.alpha), torch.where(thin, fb.beta + _THINNEST / 2, fb.beta)
     rows, out = _unit_slopes(fb, alpha, beta - alpha)
     squares = (beta - alpha) ** 2
+    scaling = {k: t.to(squares) * squares[fb.slices[k]] for k, t in fb.scaling.items()}
     layers = range(len(fb.sizes))
     index = torch.arange(sum(fb.sizes), device=alpha.device)
     heard = [k for k in layers if k in out]
     seeing = [k for k in layers if -1 in rows[k]]
     forward = min(fb.inputs, sum(fb.sizes[k] for k in seeing) + (fb.outputs if -1 in out else 0))
     backward = min(fb.outputs, sum(fb.sizes[k] for k in heard) + (fb.inputs if -1 in out else 0))
-    transposed = backward < forward
+    transposed = backward < forward if free is None else free == "outputs"
     if not transposed:
-        program = _program(fb.sizes, fb.inputs, rows, out)
+        program = _program(fb.sizes, fb.inputs, rows, out, scaling, free is None)
         order, weights = index, squares
     else:
         # Layer k of the network is layer L - 1 - k of the program; Q' has the rows of Q for columns.
@@ -90,16 +95,17 @@ def lipsdp(fb: Feedback, tied: bool = False) -> LipSDP:
         outward = {last - k: rows[k][-1].T for k in seeing}
         if -1 in out:
             outward[-1] = out[-1].T
-        program = _program(tuple(reversed(fb.sizes)), fb.outputs, flipped, outward)
+        # T B + B'T < 2T becomes B T^-1 + T^-1 B' < 2 T^-1.
+        inverse = {last - k: 1 / t for k, t in scaling.items()}
+        program = _program(tuple(reversed(fb.sizes)), fb.outputs, flipped, outward, inverse, free is None)
         order = torch.cat([index[:0], *(index[s] for s in reversed(fb.slices))])
         weights = 1 / squares[order]
     if tied:
         groups = torch.cat([index[:0], *(torch.full_like(index[:size], k) for k, size in enumerate(program.sizes))])
         uniform = bool((weights == weights[:1]).all())
-        program = SlopeProgram(program.sizes, program.channels, program.rows, program.out, groups, None if uniform else weights)
+        program = replace(program, groups=groups, weights=None if uniform else weights)
     elif fb.groups is not None:
-        groups = fb.groups[order].unique(return_inverse=True)[1]
-        program = SlopeProgram(program.sizes, program.channels, program.rows, program.out, groups)
+        program = replace(program, groups=fb.groups[order].unique(return_inverse=True)[1])
     balance = _balance(fb)
     if fb.groups is not None:
         # Scaling old multipliers by the change of this keeps the tie.
@@ -121,7 +127,10 @@ def _balance(fb: Feedback) -> Tensor:
 
 
 def _unit_slopes(fb: Feedback, alpha: Tensor, width: Tensor) -> tuple[list[dict[int, Tensor]], dict[int, Tensor]]:
-    """Blocks of p and y in terms of x (-1) and u (0, 1, ...), where w = alpha p + width u."""
+    """Blocks of p and y in terms of x (-1) and u (0, 1, ...), where w = alpha p + width u.
+
+    In an implicit layer p = r + W w = r + W (alpha p + width u), so that p = (I - W alpha)^-1 (r + W width u).
+    """
     rows: list[dict[int, Tensor]] = []
 
     def substitute(blocks: Mapping[int, Tensor]) -> dict[int, Tensor]:
@@ -141,16 +150,30 @@ def _unit_slopes(fb: Feedback, alpha: Tensor, width: Tensor) -> tuple[list[dict[
                     add(deeper, (block * alpha[here]) @ inner)
         return result
 
-    for row in fb.rows:
-        rows.append(substitute(row))
+    for k, row in enumerate(fb.rows):
+        found = substitute({source: block for source, block in row.items() if source != k})
+        if k in row:
+            here = fb.slices[k]
+            found[k] = row[k] * width[here]
+            if bool(alpha[here].any()):
+                system = torch.eye(fb.sizes[k], dtype=alpha.dtype, device=alpha.device) - row[k] * alpha[here]
+                found = {source: torch.linalg.solve(system, block) for source, block in found.items()}
+        rows.append(found)
     return rows, substitute(fb.out)
 
 
-def _program(sizes: tuple[int, ...], channels: int, rows: list[dict[int, Tensor]], out: dict[int, Tensor]) -> SlopeProgram:
-    """The program of blocks; channels that no neuron and no output can tell apart are merged by a QR."""
+def _program(
+    sizes: tuple[int, ...],
+    channels: int,
+    rows: list[dict[int, Tensor]],
+    out: dict[int, Tensor],
+    scaling: dict[int, Tensor],
+    merge: bool,
+) -> SlopeProgram:
+    """The program of blocks; channels that no neuron and no output can tell apart are merged by a QR, or else all are free."""
     seeing = [row[-1] for row in rows if -1 in row] + ([out[-1]] if -1 in out else [])
     height = sum(block.shape[0] for block in seeing)
-    if height < channels:
+    if merge and height < channels:
         # G = [A; D] = R' O' with O orthonormal: only O'x is felt, of dimension `height`.
         reduced = torch.linalg.qr(torch.cat(seeing).T, mode="r").R.T.contiguous() if seeing else None
         start = 0
@@ -166,4 +189,4 @@ def _program(sizes: tuple[int, ...], channels: int, rows: list[dict[int, Tensor]
         if -1 in out and reduced is not None:
             out = {**out, -1: reduced[start:]}
         channels = height
-    return SlopeProgram(sizes, channels, tuple(rows), out)
+    return SlopeProgram(sizes, channels, tuple(rows), out, scaling=scaling, free=not merge)

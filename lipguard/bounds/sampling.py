@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lipguard.certificate import Certificate, Domain, Query, Witness
 from lipguard.errors import UnsupportedQuery
-from lipguard.network import Activation, Affine, Input, Network, Sum
+from lipguard.network import Activation, Affine, Implicit, Input, Network, Sum
 from lipguard.verify import verify
 
 
@@ -55,7 +55,7 @@ class Sampling:
         if (p, q) != (2.0, 2.0) and p != 1 and q != math.inf:
             raise UnsupportedQuery(f"sampling evaluates Jacobian norms from 1, to inf, and (2, 2), not {query.norm}.")
         deadline = math.inf if self.time_limit is None else began + self.time_limit
-        x, v = self._start(network, query.domain, state)
+        x, v = self._start(network, query.domain, state, _affordable(network, self.starts))
         neurons = network.elementwise
         with torch.inference_mode(False), torch.enable_grad():
             x, v = _ascend(neurons, query, x, v, self.steps, deadline)
@@ -68,22 +68,32 @@ class Sampling:
         certificate = replace(verify(network, proposed), seconds=time.perf_counter() - began)
         return certificate, Points(x[order], directions[order])
 
-    def _start(self, network: Network, domain: Domain | None, state: Points | None) -> tuple[Tensor, Tensor]:
+    def _start(self, network: Network, domain: Domain | None, state: Points | None, starts: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
         d = network.inputs
         if domain is not None:
-            x = domain.sample(self.starts, d, generator)
+            x = domain.sample(starts, d, generator)
         else:
             # All of R^d: scales from 1/10 to 100, since biases decide where the regions lie.
-            scales = torch.logspace(-1, 2, self.starts, dtype=torch.float64)[:, None]
-            x = torch.randn(self.starts, d, generator=generator, dtype=torch.float64) * scales
-        v = torch.randn(self.starts, d, generator=generator, dtype=torch.float64)
+            scales = torch.logspace(-1, 2, starts, dtype=torch.float64)[:, None]
+            x = torch.randn(starts, d, generator=generator, dtype=torch.float64) * scales
+        v = torch.randn(starts, d, generator=generator, dtype=torch.float64)
         if state is not None and state.inputs.shape[1] == d:
-            keep = min(len(state.inputs), max(1, self.starts // 2))
+            keep = min(len(state.inputs), max(1, starts // 2))
             x[:keep], v[:keep] = state.inputs[:keep], state.directions[:keep]
             if domain is not None:
                 x = domain.project(x)
         return x.to(network.device), torch.nn.functional.normalize(v, dim=1).to(network.device)
+
+
+def _affordable(network: Network, starts: int) -> int:
+    """Fewer starts where an implicit layer takes a matrix factorisation for each of them in every step."""
+    cubes = sum(network.sizes[i] ** 3 for i, node in enumerate(network.nodes) if isinstance(node, Implicit))
+    return starts if cubes == 0 else max(min(starts, 8), min(starts, int(_CUBES / cubes)))
+
+
+_CUBES = 5e6
+"""Cubes of the sizes of implicit layers, times the starts: about 20 ms a step."""
 
 
 def _ascend(network: Network, query: Query, x: Tensor, v: Tensor, steps: int, deadline: float) -> tuple[Tensor, Tensor]:
@@ -157,11 +167,28 @@ def _forward(network: Network, x: Tensor, v: Tensor, window: float) -> tuple[Ten
                 smooth.append((phi(z + h) - phi(z - h)) / (2 * h) * smooth[node.source])
                 low, high = phi.slope_range(z.detach(), z.detach())
                 true.append((low + high) / 2 * true[node.source])
+            case Implicit():
+                z, phi = node(values[node.source]), node.function
+                p = node.operator(z) + values[node.source]
+                h = window * p.detach().abs().mean(1, keepdim=True).clamp_min(1e-12)
+                low, high = phi.slope_range(p.detach(), p.detach())
+                values.append(z)
+                smooth.append(response(node, (phi(p + h) - phi(p - h)) / (2 * h), smooth[node.source]))
+                true.append(response(node, (low + high) / 2, true[node.source]))
             case Sum():
                 values.append(torch.stack([values[s] for s in node.sources]).sum(0))
                 smooth.append(torch.stack([smooth[s] for s in node.sources]).sum(0))
                 true.append(torch.stack([true[s] for s in node.sources]).sum(0))
     return smooth[-1], true[-1]
+
+
+def response(node: Implicit, slopes: Tensor, x: Tensor, transposed: bool = False) -> Tensor:
+    """(I - D W)^-1 D x for slopes (k, n) and x (k, n); transposed: x (I - D W)^-1 D for x (k, m, n)."""
+    weight = node.operator.dense()
+    system = torch.eye(len(weight), dtype=weight.dtype, device=weight.device) - slopes[:, :, None] * weight
+    if transposed:
+        return torch.linalg.solve(system, x.expand(len(system), -1, -1), left=False) * slopes[:, None, :]
+    return torch.linalg.solve(system, slopes * x)
 
 
 def slopes_at(network: Network, x: Tensor) -> list[Tensor]:
@@ -170,8 +197,11 @@ def slopes_at(network: Network, x: Tensor) -> list[Tensor]:
     result = []
     for i in network.activations:
         node = network.nodes[i]
-        assert isinstance(node, Activation)
-        low, high = node.function.slope_range(values[node.source], values[node.source])
+        assert isinstance(node, Activation | Implicit)
+        p = values[node.source]
+        if isinstance(node, Implicit):
+            p = p + node.operator(values[i])
+        low, high = node.function.slope_range(p, p)
         result.append((low + high) / 2)
     return result
 
@@ -195,6 +225,8 @@ def jacobian(network: Network, slopes: list[Tensor]) -> Tensor:
                 add(node.source, node.operator.transpose()(g))
             case Activation():
                 add(node.source, g * slopes[position[i]][:, None, :])
+            case Implicit():
+                add(node.source, response(node, slopes[position[i]], g, transposed=True))
             case Sum():
                 for source in node.sources:
                     add(source, g)

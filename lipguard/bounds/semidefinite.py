@@ -47,7 +47,7 @@ class Warm:
 
 @dataclass(frozen=True)
 class Semidefinite:
-    """LipSDP for slope-restricted networks, 2-norm to 2-norm.
+    """LipSDP for slope-restricted networks, 2-norm to 2-norm; other norms by `lipguard.bounds.weighted`.
 
     Attributes:
         tied: one multiplier a layer instead of one a neuron.
@@ -74,9 +74,14 @@ class Semidefinite:
         Where the solver fails, or its proposal proves nothing, the spectral product stands in and the note says why.
 
         Raises:
-            UnsupportedQuery: a norm other than 2, or a network beyond the memory of the check.
+            UnsupportedQuery: norms without a constraint, or a network beyond the memory of the check.
         """
         began = time.perf_counter()
+        if query.norm != (2.0, 2.0):
+            from lipguard.bounds.weighted import Options, weighted
+
+            options = Options(self.tied, self.solver, self.tol, self.time_limit)
+            return weighted(network, query, options, self.name), None
         check_query(network, query, self.name)
         problem = lipsdp(network.feedback(), self.tied)
         program = problem.program

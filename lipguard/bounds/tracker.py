@@ -137,8 +137,10 @@ class Tracker:
 
     def _upper(self, network: Network, seconds: float | None, floor: float) -> Certificate:
         began = time.perf_counter()
-        if not self._name.startswith("lipsdp"):
-            certificate, self._warm = registry.method(self._name).build()(network, self._query, self._warm)
+        semidefinite = self._name.startswith("lipsdp")
+        if not semidefinite or self._query.norm != (2.0, 2.0):
+            options: dict[str, Any] = {"solver": self.solver, "tol": self.tol, "time_limit": seconds} if semidefinite else {}
+            certificate, self._warm = registry.method(self._name).build(**options)(network, self._query, self._warm)
             return certificate
         check_query(network, self._query, self._name)
         tied = self._name == "lipsdp-layer"

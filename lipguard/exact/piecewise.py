@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lipguard.errors import UnsupportedQuery
-from lipguard.network import Activation, Affine, Input, Network, Sum
+from lipguard.network import Activation, Affine, Implicit, Input, Network, Sum
 from lipguard.network.activations import PiecewiseLinear
 
 Matrix = NDArray[np.float64]
@@ -144,6 +144,11 @@ def piecewise_form(network: Network) -> PiecewiseForm:
     neurons: list[Neuron] = []
     for i in network.activations:
         node = network.nodes[i]
+        if isinstance(node, Implicit):
+            raise UnsupportedQuery(
+                f"{node.name or f'node {i}'} is an implicit layer: the exact methods take feed-forward networks only. "
+                "lipguard.bound gives verified bounds for it: methods 'lipsdp-neuron', 'contraction', 'sampling'."
+            )
         assert isinstance(node, Activation)
         if not isinstance(node.function, PiecewiseLinear):
             raise UnsupportedQuery(

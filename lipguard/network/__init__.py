@@ -1,4 +1,4 @@
-"""A network as mathematics: nodes in topological order, each an affine map, an activation, a sum or a coupled function.
+"""A network as mathematics: nodes in topological order, each affine, an activation, an implicit layer, a sum or a coupled function.
 
 Values are vectors, one row per sample; everything is float64. A `Network` evaluates itself, states its feedback
 form for the semidefinite programs, and carries a digest of its structure and exact weight bits.
@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from lipguard.network import implicit
 from lipguard.network.activations import Elementwise
 from lipguard.network.coupled import Coupling, Sort
 from lipguard.network.operators import Conv, Dense, Diagonal, Index, Operator
 
 __all__ = [
-    "Activation", "Affine", "Conv", "Coupled", "Coupling", "Dense", "Diagonal", "Elementwise", "Feedback", "Index", "Input",
-    "Network", "Node", "Operator", "Sum",
+    "Activation", "Affine", "Conv", "Coupled", "Coupling", "Dense", "Diagonal", "Elementwise", "Feedback", "Implicit", "Index",
+    "Input", "Network", "Node", "Operator", "Sum",
 ]  # fmt: skip
 
 
@@ -69,7 +70,35 @@ class Coupled:
     name: str = ""
 
 
-Node = Input | Affine | Activation | Sum | Coupled
+@dataclass(frozen=True, eq=False)
+class Implicit:
+    """The solution z of z = function(operator(z) + value of `source`), entry by entry; see `lipguard.network.implicit`."""
+
+    source: int
+    operator: Operator
+    function: Elementwise
+    name: str = ""
+
+    @cached_property
+    def slopes(self) -> tuple[Tensor, Tensor]:
+        """Slope interval of every neuron, (n,) each, thin ones widened."""
+        return implicit.widened(self.function, self.operator.shape[0], self.operator.device)
+
+    @cached_property
+    def scaling(self) -> Tensor:
+        """T > 0, (n,), that makes the layer well posed in floating point: a proposal, which the checker proves.
+
+        Raises:
+            InvalidModel: none is found.
+        """
+        return implicit.diagonal_scaling(self.operator.dense().detach(), *self.slopes, self.name or "an implicit layer")
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """z for inputs (..., n), in float64."""
+        return implicit.equilibrium(self.operator.dense(), v, self.function, *self.slopes, self.name)
+
+
+Node = Input | Affine | Activation | Implicit | Sum | Coupled
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,12 +108,14 @@ class Feedback:
     Attributes:
         inputs: d, the number of inputs.
         sizes: neurons of each activation node.
-        rows: for activation k, the blocks by source: -1 is x (a block of A), l >= 0 is w_l (a block of B, l < k).
+        rows: for activation k, the blocks by source: -1 is x (a block of A), l >= 0 is w_l (a block of B, l < k, and l = k
+            where the activation is that of an implicit layer).
         out: the blocks of y by source, likewise (D under -1, C under l).
         alpha, beta: slope interval of every neuron, concatenated, shape (sum of sizes,).
         outputs: m, the number of outputs.
         groups: index of the multiplier of each neuron, (sum of sizes,), where some must share one: the neurons of a sort,
             of which only the sum of squares is known not to grow. None for one each.
+        scaling: for an implicit layer k, multipliers (n_k,) under which it alone is well posed.
     """
 
     inputs: int
@@ -95,6 +126,7 @@ class Feedback:
     alpha: Tensor
     beta: Tensor
     groups: Tensor | None = None
+    scaling: Mapping[int, Tensor] = field(default_factory=dict)
 
     @cached_property
     def slices(self) -> tuple[slice, ...]:
@@ -142,7 +174,7 @@ class Network:
                     sizes.append(size)
                 case Affine():
                     sizes.append(node.operator.shape[0])
-                case Activation():
+                case Activation() | Implicit():
                     sizes.append(sizes[node.source])
                 case Sum():
                     sizes.append(sizes[node.sources[0]])
@@ -157,8 +189,11 @@ class Network:
 
     @cached_property
     def activations(self) -> tuple[int, ...]:
-        """Indices of the activation nodes, and of tied neurons in `slope_restricted`: there, the order of the multipliers."""
-        return tuple(i for i, node in enumerate(self.nodes) if isinstance(node, Activation) or _tied(node) is not None)
+        """Indices of the activation nodes, implicit ones among them, and of tied neurons in `slope_restricted`.
+
+        There, this is the order of the multipliers.
+        """
+        return tuple(i for i, node in enumerate(self.nodes) if isinstance(node, Activation | Implicit) or _tied(node) is not None)
 
     @property
     def neurons(self) -> int:
@@ -184,7 +219,7 @@ class Network:
     def device(self) -> torch.device:
         """Device of the weights."""
         for node in self.nodes:
-            if isinstance(node, Affine):
+            if isinstance(node, Affine | Implicit):
                 return node.operator.device
         for node in self.nodes:
             if isinstance(node, Activation | Coupled) and node.function.tensors():
@@ -207,6 +242,8 @@ class Network:
                     values.append(y if node.bias is None else y + node.bias)
                 case Activation() | Coupled():
                     values.append(node.function(values[node.source]))
+                case Implicit():
+                    values.append(node(values[node.source]))
                 case Sum():
                     values.append(torch.stack([values[s] for s in node.sources]).sum(0))
         return values
@@ -233,7 +270,7 @@ class Network:
                     linear.append({-1: 1.0})
                 case Affine():
                     linear.append({s: _after(node.operator, m) for s, m in linear[node.source].items()})
-                case Activation() | Coupled():
+                case Activation() | Implicit() | Coupled():
                     linear.append({position[i]: 1.0})
                 case Sum():
                     total: dict[int, Tensor | float] = {}
@@ -247,16 +284,14 @@ class Network:
             # What is known of a tied neuron is known of its group only: it has no slope interval of its own.
             own = torch.ones_like(alpha, dtype=torch.bool) if groups is None else torch.bincount(groups)[groups] == 1
             alpha, beta = (torch.where(own, given, known) for given, known in zip(slopes, (alpha, beta), strict=True))
-        return Feedback(
-            self.inputs,
-            self.outputs,
-            tuple(self.sizes[i] for i in self.activations),
-            tuple(self._matrices(linear[self.nodes[i].source]) for i in self.activations),  # type: ignore[union-attr]
-            self._matrices(linear[-1]),
-            alpha,
-            beta,
-            groups,
-        )
+        rows = tuple(self._matrices(linear[self.nodes[i].source]) for i in self.activations)  # type: ignore[union-attr]
+        scaling: dict[int, Tensor] = {}
+        for k, i in enumerate(self.activations):
+            node = self.nodes[i]
+            if isinstance(node, Implicit):
+                rows[k][k], scaling[k] = node.operator.dense(), node.scaling
+        sizes = tuple(self.sizes[i] for i in self.activations)
+        return Feedback(self.inputs, self.outputs, sizes, rows, self._matrices(linear[-1]), alpha, beta, groups, scaling)
 
     def slopes(self) -> tuple[Tensor, Tensor]:
         """Slope interval of every neuron on all of R, concatenated over the activation nodes; [-1, 1] for tied neurons."""
@@ -266,7 +301,7 @@ class Network:
         one = torch.ones((), dtype=torch.float64)
         for i in self.activations:
             node = self.nodes[i]
-            slopes = node.function.slopes if isinstance(node, Activation) else (-one, one)
+            slopes = node.function.slopes if isinstance(node, Activation | Implicit) else (-one, one)
             for end, slope in zip(ends, slopes, strict=True):
                 end.append(slope.to(self.device, torch.float64).expand(self.sizes[i]))
         empty = torch.zeros(0, dtype=torch.float64, device=self.device)
@@ -307,6 +342,10 @@ class Network:
                 case Activation():
                     sha.update(f"activation {node.source} {node.function.name}\n".encode())
                     for tensor in node.function.tensors():
+                        sha.update(_bits(tensor))
+                case Implicit():
+                    sha.update(f"implicit {node.source} {_structure(node.operator)} {node.function.name}\n".encode())
+                    for tensor in (*node.operator.tensors(), *node.function.tensors()):
                         sha.update(_bits(tensor))
                 case Sum():
                     sha.update(f"sum {node.sources}\n".encode())

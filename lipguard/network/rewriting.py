@@ -37,7 +37,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lipguard.network import Activation, Affine, Coupled, Input, Network, Node, Sum
+from lipguard.network import Activation, Affine, Coupled, Implicit, Input, Network, Node, Sum
 from lipguard.network.activations import PiecewiseLinear, absolute, relu
 from lipguard.network.coupled import Maxima, Reflection, Sort
 from lipguard.network.operators import Diagonal, Index, Operator
@@ -129,7 +129,7 @@ def _rewritten(network: Network, tied: bool) -> Network:
                 place[i] = emitter.put(node)
             case Sum():
                 place[i] = emitter.put(replace(node, sources=tuple(place[s] for s in node.sources)))
-            case Affine() | Activation() | Coupled():
+            case Affine() | Activation() | Implicit() | Coupled():
                 place[i] = emitter.put(replace(node, source=place[node.source]))
     return Network(tuple(emitter.nodes))
 

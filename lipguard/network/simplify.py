@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lipguard.network import Activation, Affine, Coupled, Network, Node, Sum
+from lipguard.network import Activation, Affine, Coupled, Implicit, Network, Node, Sum
 from lipguard.network.operators import Conv, Dense, Diagonal
 
 
@@ -60,12 +60,12 @@ def _folded(first: Affine, second: Affine, diagonal: Diagonal) -> Affine | None:
 
 
 def _sources(node: Node) -> tuple[int, ...]:
-    if isinstance(node, Affine | Activation | Coupled):
+    if isinstance(node, Affine | Activation | Coupled | Implicit):
         return (node.source,)
     return node.sources if isinstance(node, Sum) else ()
 
 
 def _moved(node: Node, place: dict[int, int]) -> Node:
-    if isinstance(node, Affine | Activation | Coupled):
+    if isinstance(node, Affine | Activation | Coupled | Implicit):
         return replace(node, source=place[node.source])
     return replace(node, sources=tuple(place[s] for s in node.sources)) if isinstance(node, Sum) else node

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lipguard.errors import InvalidModel, UnsupportedLayer
-from lipguard.network import Activation, Affine, Coupled, Coupling, Input, Node, Sum
+from lipguard.network import Activation, Affine, Coupled, Coupling, Implicit, Input, Node, Sum
 from lipguard.network.activations import Elementwise
 from lipguard.network.operators import Index, Operator
 from lipguard.network.rules import canonical, function_rule, module_rule
@@ -136,6 +136,16 @@ class Trace:
         """A function of groups of the entries of x."""
         return self._emit(Coupled(x.node, function, self.path))
 
+    def implicit(self, v: Value, operator: Operator, function: Elementwise) -> int:
+        """The solution z of z = function(operator(z) + v).
+
+        Raises:
+            InvalidModel: the layer is not known to be well posed; the message says why.
+        """
+        node = Implicit(v.node, operator, function, self.path)
+        _ = node.scaling
+        return self._emit(node)
+
     def sum(self, *values: Value) -> int:
         """The sum of values of one shape."""
         return self._emit(Sum(tuple(v.node for v in values), self.path))
@@ -180,7 +190,9 @@ class Trace:
     def _emit(self, node: Node) -> int:
         # max(a, b) and min(a, b), written apart, are two results of one sort: what is selected, joined or sorted twice
         # is one node.
-        if isinstance(node, Sum | Coupled) or (isinstance(node, Affine) and isinstance(node.operator, Index) and node.bias is None):
+        if isinstance(node, Sum | Coupled) or (
+            isinstance(node, Affine) and isinstance(node.operator, Index) and node.bias is None
+        ):
             for i, known in enumerate(self.nodes):
                 if _same(known, node):
                     return i
@@ -344,7 +356,7 @@ def _size(nodes: Sequence[Node], index: int) -> int:
             return node.operator.shape[0]
         if isinstance(node, Coupled):
             return node.function.outputs
-        index = node.source if isinstance(node, Activation) else node.sources[0]
+        index = node.source if isinstance(node, Activation | Implicit) else node.sources[0]
 
 
 def _describe(func: Callable[..., Any], key: object) -> str:

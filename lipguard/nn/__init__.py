@@ -1,5 +1,6 @@
-"""Trainable modules with built-in Lipschitz bounds."""
+"""Trainable modules with built-in Lipschitz bounds. Ordinary `nn.Module`s; `lipguard.bound` reads each of them."""
 
 from lipguard.nn.activations import GroupSort, Householder, MaxMin
+from lipguard.nn.equilibrium import ContractiveEquilibrium, LipschitzEquilibrium
 
-__all__ = ["GroupSort", "Householder", "MaxMin"]
+__all__ = ["ContractiveEquilibrium", "GroupSort", "Householder", "LipschitzEquilibrium", "MaxMin"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -40,17 +40,17 @@ class Conic:
             raise SolverUnavailable(f"{self.solver} is not installed for CVXPY. pip install {self.solver.lower()}.")
         n, order = program.neurons, program.order
         groups = n if program.groups is None else int(program.groups.max()) + 1
-        tau, rho = cp.Variable(groups), cp.Variable()
+        tau, rho = cp.Variable(groups), cp.Variable(program.channels if program.free else 1)
         columns = torch.eye(groups, dtype=torch.float64, device=program.constant.device)
         plain = program.groups is None and program.weights is None
         t = tau if plain else torch.stack([program.spread(column) for column in columns], 1).cpu().numpy() @ tau
         units = torch.eye(order, dtype=torch.float64)
         e, q = units[:n].numpy(), program.q(units.to(program.constant)).cpu().numpy()
-        channels = torch.diag((torch.arange(order) >= n).to(torch.float64)).numpy()
+        channels = units[:, n:] if program.free else units[:, n:].sum(1, keepdim=True)
         # e'T(e - q) + (e - q)'Te is symmetric by construction; CVXPY needs to see it.
         half = e.T @ cp.diag(t) @ (e - q)
-        z = rho * channels + half + half.T - program.constant.cpu().numpy()
-        problem = cp.Problem(cp.Minimize(rho), [z >> 0])
+        z = cp.diag(channels.numpy() @ rho) + half + half.T - program.constant.cpu().numpy()
+        problem = cp.Problem(cp.Minimize(cp.sum(rho)), [z >> 0])
         options = dict(self.options)
         seconds = deadline - time.perf_counter()
         if math.isfinite(seconds) and name in _TIME_LIMITS:
@@ -68,7 +68,9 @@ class Conic:
         values = torch.as_tensor(tau.value, dtype=torch.float64, device=program.constant.device)
         stats = problem.solver_stats
         iterations = int(stats.num_iters or 0) if stats is not None else 0
-        return Proposal(program.spread(values), float(rho.value), math.nan, iterations, str(problem.status))
+        weights = torch.as_tensor(rho.value, dtype=torch.float64, device=program.constant.device)
+        found = Proposal(program.spread(values), float(weights.sum()), math.nan, iterations, str(problem.status))
+        return replace(found, weights=weights) if program.free else found
 
 
 _TIME_LIMITS = {"SCS": "time_limit_secs", "CLARABEL": "time_limit"}

@@ -4,6 +4,8 @@ Primal-dual pair, with b the unit vector of rho and A_i the matrices of Z = sum_
 
     minimise b'y  s.t.  Z >= 0        and        maximise <C0, Y>  s.t.  <A_i, Y> = b_i, Y >= 0.
 
+With free channels rho is a vector, b has ones for all of its entries, and E splits into e_k e_k'.
+
 Mehrotra predictor-corrector with the HKM direction: Y Z = sigma mu I linearised as
 dY = sigma mu M - Y - sym(M dZ Y), M = Z^-1, which gives K dy = r with K_ij = <A_i, M A_j Y>. Each A_j has rank two,
 A_j = a b' + b a' with a = e_j, b = e_j - q_j, so K costs two products with Q a matrix and Hadamard products:
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -81,17 +83,14 @@ def normal_matrix(program: SlopeProgram, m: Tensor, y: Tensor) -> Tensor:
     mixed = p.ab.T * s.ab
     k = mixed + mixed.T
     k.addcmul_(p.bb, s.aa).addcmul_(p.aa, s.bb)
-    side = (p.ax * s.bx).sum(1) + (p.bx * s.ax).sum(1)
-    corner = (m[n:, n:] * y[n:, n:]).sum()
+    side = p.ax * s.bx + p.bx * s.ax
+    corner = m[n:, n:] * y[n:, n:]
+    if not program.free:
+        side, corner = side.sum(1, keepdim=True), corner.sum()[None, None]
     if program.groups is not None or program.weights is not None:
         k = program.gather(program.gather(k).T)
         side = program.gather(side)
-    size = k.shape[0]
-    full = k.new_empty(size + 1, size + 1)
-    full[:size, :size] = k
-    full[size, :size] = full[:size, size] = side
-    full[size, size] = corner
-    return full
+    return torch.cat([torch.cat([k, side], 1), torch.cat([side.T, corner], 1)])
 
 
 def _cholesky(matrix: Tensor) -> Tensor | None:
@@ -136,39 +135,42 @@ def _step_length(x: Tensor, d: Tensor, tries: int) -> float:
 def _solve(program: SlopeProgram, start: Tensor | None, tol: float, max_iterations: int, deadline: float) -> Proposal:
     n, order = program.neurons, program.order
     t, rho = program.interior() if start is None else program.interior(start, margin=0.05)
-    rho = max(rho, torch.finfo(t.dtype).tiny ** 0.5) * (4.0 if start is None else 1.2)
+    least = max(rho, torch.finfo(t.dtype).tiny ** 0.5) * (4.0 if start is None else 1.2)
+    rho = t.new_full((program.channels if program.free else 1,), least)
     z = program.z(rho, t)
     factor = _cholesky(z)
     if factor is None:
         raise SolverFailed("the starting point is not interior.")
     m = torch.cholesky_inverse(factor)
-    y = m / m.diagonal()[n:].sum()
+    y = m / (m.diagonal()[n:].sum() / len(rho))
     tau = program.group(t)
-    best = Proposal(t, rho, math.nan, 0, "started")
+    best = Proposal(t, float(rho.sum()), math.nan, 0, "started", weights=rho if program.free else None)
     size = tau.numel()
-    b = tau.new_zeros(size + 1)
-    b[size] = 1.0
+    b = torch.cat([torch.zeros_like(tau), torch.ones_like(rho)])
 
     def adjoint(g: Tensor) -> Tensor:
         s, e = program.adjoint(g)
-        return torch.cat([program.gather(s), e[None]])
+        return torch.cat([program.gather(s), e])
 
     for iteration in range(max_iterations + 1):
         mu = float((y * z).sum()) / order
         residual = b - adjoint(y)
-        infeasibility = abs(float(residual[:size] @ tau) + float(residual[size]) * rho)
-        gap = mu * order / rho
-        done = gap <= tol and infeasibility <= tol * rho
-        best = Proposal(program.spread(tau), rho, gap if infeasibility <= max(tol, 1e-3 * gap) * rho else math.nan, iteration)
+        value = float(rho.sum())
+        infeasibility = abs(float(residual[:size] @ tau) + float(residual[size:] @ rho))
+        gap = mu * order / value
+        done = gap <= tol and infeasibility <= tol * value
+        known = infeasibility <= max(tol, 1e-3 * gap) * value
+        weights = rho if program.free else None
+        best = Proposal(program.spread(tau), value, gap if known else math.nan, iteration, weights=weights)
         if done or iteration == max_iterations or time.perf_counter() > deadline:
             break
         try:
             k = _Factored(normal_matrix(program, m, y))
         except SolverFailed as failure:
-            return Proposal(best.t, best.rho, best.gap, iteration, str(failure))
+            return replace(best, message=str(failure))
         # Predictor: sigma = 0.
         dy = k.solve(-b)
-        dz = program.linear(float(dy[size]), program.spread(dy[:size]))
+        dz = program.linear(dy[size:], program.spread(dy[:size]))
         w = m @ dz
         wy = w @ y
         dual = -y - (wy + wy.T) / 2
@@ -179,20 +181,20 @@ def _solve(program: SlopeProgram, start: Tensor | None, tol: float, max_iteratio
         second = w @ dual
         centre = sigma * mu * m - (second + second.T) / 2
         dy = k.solve(adjoint(centre) - b)
-        dz = program.linear(float(dy[size]), program.spread(dy[:size]))
+        dz = program.linear(dy[size:], program.spread(dy[:size]))
         wy = m @ dz @ y
         dual = centre - y - (wy + wy.T) / 2
         primal_step, dual_step = _step_length(y, dual, 7), _step_length(z, dz, 7)
         if not (math.isfinite(primal_step) and bool(dy.isfinite().all())) or max(primal_step, dual_step) < 1e-6:
-            return Proposal(best.t, best.rho, best.gap, iteration, "the steps became too short.")
+            return replace(best, message="the steps became too short.")
         shrink = 0.9 if min(primal_step, dual_step) < 0.5 else 0.96
         primal_step, dual_step = (1.0 if s == 1.0 else s * shrink for s in (primal_step, dual_step))
         y = y + primal_step * dual
         tau = tau + dual_step * dy[:size]
-        rho += dual_step * float(dy[size])
+        rho = rho + dual_step * dy[size:]
         z = program.z(rho, program.spread(tau))
         factor = _cholesky(z)
         if factor is None:
-            return Proposal(best.t, best.rho, best.gap, iteration, "the iterate left the cone by rounding.")
+            return replace(best, message="the iterate left the cone by rounding.")
         m = torch.cholesky_inverse(factor)
     return best

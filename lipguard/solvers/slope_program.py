@@ -3,7 +3,11 @@
     minimise rho  subject to  Z(rho, t) = rho E + sum_j t_j [e_j (e_j - q_j)' + (e_j - q_j) e_j'] - C0 >= 0,  t_j = s_j tau_g(j)
 
 over N = n + r coordinates: n neurons, then r channels (inputs, or outputs of the transposed network). q_j is row j of
-Q = [B A], B strictly lower block triangular; E selects the channels; C0 = [C D]'[C D]. Z >= 0 implies t >= 0.
+Q = [B A], B lower block triangular, with blocks on the diagonal where a layer is implicit; E selects the channels;
+C0 = [C D]'[C D]. Z >= 0 implies t >= 0 where B has no diagonal blocks.
+
+With `free` channels rho E becomes diag(rho_1, ..., rho_r) on the channels, and sum_k rho_k is minimised: the square of a bound
+from the inf-norm, since ||y||^2 <= sum_k rho_k x_k^2.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -27,10 +31,13 @@ class SlopeProgram:
     Attributes:
         sizes: neurons of each layer.
         channels: r.
-        rows: Q by layer and source: `rows[k][l]` (n_k, n_l) for l < k, and `rows[k][-1]` (n_k, r).
+        rows: Q by layer and source: `rows[k][l]` (n_k, n_l) for l < k, `rows[k][-1]` (n_k, r), and `rows[k][k]` of an
+            implicit layer.
         out: [C D] by source: `out[l]` (m, n_l) and `out[-1]` (m, r); C0 = [C D]'[C D].
         groups: index of the multiplier of each neuron, (n,); None for one each. A group lies within one layer.
         weights: s, the fixed factor between a neuron's multiplier and its group's, (n,); None for ones.
+        free: one rho for each channel.
+        scaling: for an implicit layer k, T > 0 (n_k,) with 2T - T B_kk - B_kk'T > 0; ones where none is given.
     """
 
     sizes: tuple[int, ...]
@@ -39,6 +46,8 @@ class SlopeProgram:
     out: Mapping[int, Tensor]
     groups: Tensor | None = None
     weights: Tensor | None = None
+    scaling: Mapping[int, Tensor] = field(default_factory=dict)
+    free: bool = False
 
     @property
     def neurons(self) -> int:
@@ -64,7 +73,8 @@ class SlopeProgram:
         rows = tuple({s: b.to(dtype) for s, b in row.items()} for row in self.rows)
         out = {s: b.to(dtype) for s, b in self.out.items()}
         weights = None if self.weights is None else self.weights.to(dtype)
-        return SlopeProgram(self.sizes, self.channels, rows, out, self.groups, weights)
+        scaling = {k: t.to(dtype) for k, t in self.scaling.items()}
+        return SlopeProgram(self.sizes, self.channels, rows, out, self.groups, weights, scaling, self.free)
 
     @cached_property
     def options(self) -> dict[str, torch.dtype | torch.device]:
@@ -117,8 +127,8 @@ class SlopeProgram:
                 out[self.slices[k]].addmm_(block, x[self.slices[source]])
         return out
 
-    def linear(self, rho: float, t: Tensor) -> Tensor:
-        """Z(rho, t) + C0: the part that is linear in (rho, t)."""
+    def linear(self, rho: float | Tensor, t: Tensor) -> Tensor:
+        """Z(rho, t) + C0: the part that is linear in (rho, t); rho is a number, or (1,), or (r,) where channels are free."""
         z = torch.zeros_like(self.constant)
         for k, row in enumerate(self.rows):
             here = self.slices[k]
@@ -132,18 +142,19 @@ class SlopeProgram:
         diagonal[self.neurons :] += rho
         return z
 
-    def z(self, rho: float, t: Tensor) -> Tensor:
+    def z(self, rho: float | Tensor, t: Tensor) -> Tensor:
         """The matrix that must be positive semidefinite."""
         return self.linear(rho, t) - self.constant
 
     def adjoint(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """(<S_j, Y>)_j and <E, Y> for symmetric Y, where Z = rho E + sum_j t_j S_j - C0."""
+        """(<S_j, Y>)_j and <E, Y>, (1,) or with free channels (r,), where Z = rho E + sum_j t_j S_j - C0, Y symmetric."""
         s = y.diagonal()[: self.neurons].clone()
         for k, row in enumerate(self.rows):
             here = self.slices[k]
             for source, block in row.items():
                 s[here] -= (block * y[here, self.slices[source]]).sum(1)
-        return 2 * s, y.diagonal()[self.neurons :].sum()
+        e = y.diagonal()[self.neurons :]
+        return 2 * s, e if self.free else e.sum(0, keepdim=True)
 
     def interior(self, t: Tensor | None = None, margin: float = 1.0) -> tuple[Tensor, float]:
         """Multipliers for which Z(rho, t) > 0 at every rho above the returned one.
@@ -152,6 +163,7 @@ class SlopeProgram:
         k's pivot is 2 T_k - S_kk, and T_k enters nothing that was eliminated before it. T_k is scaled up, never down,
         until lambda_max(T_k^-1/2 S_kk T_k^-1/2) <= 2 / (1 + margin). Without a guess this is the choice
         T_k = lambda_max(S_kk) I of the chain; the last Schur complement's largest eigenvalue is the least rho.
+        An implicit layer has P(T_k) = 2 T_k - T_k B_kk - B_kk'T_k for 2 T_k; enough of its `scaling` is added.
 
         Args:
             t: a guess, (n,), kept as it is where it is inside by the margin; or None.
@@ -167,6 +179,9 @@ class SlopeProgram:
             nonlocal largest
             here = self.slices[k]
             guess = done[here]
+            if k in self.rows[k]:
+                done[here] = self._implicit(k, s, None if t is None else guess, margin, 1e-8 * largest)
+                return done[here]
             root = guess.rsqrt()
             top = 0.0 if s is None else _largest_eigenvalue(s * root[:, None] * root)
             # A layer that the output does not feel (S = 0) still needs a positive multiplier.
@@ -181,6 +196,36 @@ class SlopeProgram:
             raise SolverFailed("no interior point: the multipliers overflow.")
         return done, rho
 
+    def _implicit(self, k: int, s: Tensor | None, guess: Tensor | None, margin: float, least: float) -> Tensor:
+        """Multipliers of the implicit layer k with P(T) >= (1 + margin) S_kk: the guess, and as much scaling as it takes.
+
+        Raises:
+            SolverFailed: P of the scaling itself is not positive definite.
+        """
+        here, own = self.slices[k], self.rows[k][k]
+        scaling = self.scaling.get(k)
+        if scaling is None or self.groups is not None:
+            # One multiplier for the whole layer: its own direction is all there is.
+            scaling = torch.ones_like(own[0]) if self.weights is None else self.weights[here]
+
+        def p(t: Tensor) -> Tensor:
+            half = torch.diag(t) - t[:, None] * own
+            return half + half.T
+
+        factor, info = torch.linalg.cholesky_ex(p(scaling))
+        if int(info) != 0:
+            raise SolverFailed("an implicit layer is not well posed under its scaling.")
+        wanted = torch.zeros_like(factor) if s is None else (1 + margin) * s
+        if guess is not None:
+            wanted = wanted - p(guess)
+        # The largest eigenvalue of L^-1 (wanted) L^-T: how much of the scaling makes up for what is wanted.
+        inner = torch.linalg.solve_triangular(factor, wanted, upper=False)
+        inner = torch.linalg.solve_triangular(factor, inner.T, upper=False)
+        missing = max(float(torch.linalg.eigvalsh((inner + inner.T) / 2)[-1]), 0.0)
+        if guess is not None:
+            return guess if missing == 0 else guess + (1 + 1e-6) * missing * scaling
+        return max(missing, least, 1e-30) * scaling
+
     def eliminate(self, multipliers: Callable[[int, Tensor | None], Tensor]) -> Elimination:
         """Eliminate the neurons from C0 - sum_j t_j S_j, layer by layer from the last to the first.
 
@@ -188,7 +233,8 @@ class SlopeProgram:
         Differentiable.
 
         Args:
-            multipliers: (k, S_kk) -> t of layer k, whose pivot is 2 T_k - S_kk; S_kk None stands for 0.
+            multipliers: (k, S_kk) -> t of layer k, whose pivot is 2 T_k - S_kk (2 T_k - T_k B_kk - B_kk'T_k - S_kk for an
+                implicit layer); S_kk None stands for 0.
         Raises:
             SolverFailed: a pivot is not positive definite in floating point.
         """
@@ -204,6 +250,9 @@ class SlopeProgram:
             own = s.get((k, k))
             t = multipliers(k, own)
             pivot = torch.diag(2 * t) if own is None else torch.diag(2 * t) - own
+            if k in self.rows[k]:
+                loop = t[:, None] * self.rows[k][k]
+                pivot = pivot - loop - loop.T
             factors[k], info = torch.linalg.cholesky_ex(pivot)
             if int(info) != 0:
                 raise SolverFailed("a pivot of the chain is not positive definite.")
@@ -273,7 +322,8 @@ class Proposal:
 
     `gap` is the relative distance (rho - dual value) / rho by the solver's own account; nan where it has none.
     `rho` is believed by the checker only after its own proof; a solver that keeps to the cone sets `inside`, and then
-    this rho is tried as it is, else the least rho of the multipliers is found first.
+    this rho is tried as it is, else the least rho of the multipliers is found first. With free channels `rho` is the sum of
+    `weights`, (r,).
     """
 
     t: Tensor
@@ -282,3 +332,4 @@ class Proposal:
     iterations: int
     message: str = ""
     inside: bool = False
+    weights: Tensor | None = None

@@ -15,18 +15,22 @@ from lipguard.certificate import (
     Domain,
     Factors,
     LocalMultipliers,
+    Magnitudes,
     Multipliers,
     Partition,
     Slopes,
     SolverReport,
+    WeightedMultipliers,
     Witness,
 )
 from lipguard.errors import NotCertified
 from lipguard.network import Network
 from lipguard.verify.factors import check_factors
 from lipguard.verify.local import check_local_multipliers, check_slopes
+from lipguard.verify.magnitudes import check_magnitudes
 from lipguard.verify.multipliers import check_multipliers
 from lipguard.verify.partition import check_partition
+from lipguard.verify.weighted import check_weighted
 from lipguard.verify.witness import check_witness
 
 __all__ = ["verify", "verify_local"]
@@ -53,6 +57,10 @@ def verify(network: Network, certificate: Certificate) -> Certificate:
             value = check_factors(network, evidence, certificate.norm)
         case Multipliers():
             value = check_multipliers(network, evidence, certificate.norm)
+        case Magnitudes():
+            value = check_magnitudes(network, evidence, certificate.norm)
+        case WeightedMultipliers():
+            value = check_weighted(network, evidence, certificate.norm)
         case Witness():
             value = check_witness(network, evidence, certificate.norm, certificate.domain)
         case Partition():

@@ -8,9 +8,10 @@ import torch
 
 from lipguard.certificate import Factors
 from lipguard.errors import NotCertified
-from lipguard.network import Activation, Affine, Conv, Coupled, Diagonal, Index, Input, Network, Operator, Sum
+from lipguard.network import Activation, Affine, Conv, Coupled, Diagonal, Implicit, Index, Input, Network, Operator, Sum
 from lipguard.rounding import sqrt_up, up
 from lipguard.verify.convolution import convolution_bound
+from lipguard.verify.implicit import prove_gain
 from lipguard.verify.matrix_norm import largest_row_sum, prove_matrix_norm, times
 
 LARGEST_UNROLLED = 4_000_000
@@ -39,6 +40,8 @@ def check_factors(network: Network, evidence: Factors, norm: tuple[float, float]
             case Activation():
                 alpha, beta = node.function.slopes
                 bounds.append(times(bounds[node.source], float(torch.maximum(alpha.abs(), beta.abs()).max())))
+            case Implicit():
+                bounds.append(times(bounds[node.source], prove_gain(node, p)))
             case Sum():
                 total = 0.0
                 for source in node.sources:

@@ -8,6 +8,12 @@ If Z >= 0 then ||f(x) - f(y)||_2 <= sqrt(rho) ||x - y||_2 (Fazlyab et al. 2019, 
 Where all alpha are 0 and D is 0, the input block is rho I and is eliminated exactly:
 
     R(rho, t) = 2T - TB - B'T - C'C - (TA)(TA)' / rho >= 0.
+
+Implicit layers fill diagonal blocks of B. What is proved is Z > 0 strictly (Rump's shift exceeds its error bound), and that
+makes every implicit layer well posed, from the last to the first: let all later layers have unique responses, and suppose
+w_k = D W w_k != 0 for slopes D. With x = 0, earlier neurons at 0 and later ones responding by any slopes of theirs, every
+(w - alpha p)(beta p - w) is >= 0, so that (w, x)'Z(w, x) <= -||y||^2 <= 0: a contradiction. So I - D W is invertible for
+all slopes D, and z exists and is unique (`lipguard.network.implicit`). Where R > 0, Z > 0 as well, for rho > 0.
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ from torch import Tensor
 
 from lipguard.certificate import Multipliers
 from lipguard.errors import NotCertified
-from lipguard.network import Activation, Affine, Coupled, Index, Input, Network, Operator, Sum
+from lipguard.network import Activation, Affine, Coupled, Implicit, Index, Input, Network, Operator, Sum
 from lipguard.rounding import TINY, UNIT, gamma, proves_positive_definite, sqrt_up, up
 from lipguard.verify.matrix_norm import frobenius_bound
 from lipguard.verify.rewriting import neuron_nodes, slope_ends, slope_restricted, tie
@@ -295,7 +301,7 @@ def feedback_form(network: Network) -> Form:
                 combos.append({-1: None})
             case Affine():
                 combos.append({s: _compose(node.operator, e) for s, e in combos[node.source].items()})
-            case Activation() | Coupled():
+            case Activation() | Implicit() | Coupled():
                 combos.append({position[i]: None})
             case Sum():
                 combos.append(_add([combos[s] for s in node.sources], size, network.device))
@@ -309,8 +315,11 @@ def feedback_form(network: Network) -> Form:
     alphas, betas = [], []
     for i, k in position.items():
         node = network.nodes[i]
-        assert isinstance(node, Activation | Coupled)
+        assert isinstance(node, Activation | Implicit | Coupled)
         blocks += place(offset[k], combos[node.source])
+        if isinstance(node, Implicit):
+            own = slice(offset[k], offset[k] + size[k])
+            blocks.append(Block(own, own, Enclosed(node.operator.dense())))
         alpha, beta = (s.to(network.device, torch.float64).expand(size[k]) for s in slope_ends(node))
         thin = (beta - alpha) < _THINNEST
         alphas.append(torch.where(thin, alpha - _THINNEST / 2, alpha))

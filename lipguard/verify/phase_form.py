@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lipguard.certificate import Ball, Domain
 from lipguard.errors import UnsupportedQuery
-from lipguard.network import Activation, Affine, Input, Network, Sum
+from lipguard.network import Activation, Affine, Implicit, Input, Network, Sum
 from lipguard.network.activations import PiecewiseLinear
 from lipguard.rounding import gamma
 from lipguard.verify.multipliers import Enclosed, feedback_form
@@ -79,6 +79,8 @@ def phase_form(network: Network, domain: Domain | None) -> PhaseForm:
         UnsupportedQuery: an activation is not piecewise linear, the domain is R^d and a break point is not 0, or a sort
             has too many entries.
     """
+    if any(isinstance(node, Implicit) for node in network.nodes):
+        raise UnsupportedQuery("an implicit layer has no phases that its input alone decides.")
     network = elementwise(network)
     form = feedback_form(network)
     n, d = form.neurons, network.inputs

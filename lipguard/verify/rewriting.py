@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lipguard.errors import NotCertified, UnsupportedQuery
-from lipguard.network import Activation, Affine, Coupled, Diagonal, Index, Input, Network, Node, Operator, Sum
+from lipguard.network import Activation, Affine, Coupled, Diagonal, Implicit, Index, Input, Network, Node, Operator, Sum
 from lipguard.network.activations import PiecewiseLinear
 from lipguard.network.coupled import Maxima, Reflection, Sort
 from lipguard.network.rewriting import comparators
@@ -50,12 +50,12 @@ def elementwise(network: Network) -> Network:
 
 def neuron_nodes(network: Network) -> tuple[int, ...]:
     """The nodes whose outputs are neurons, in their order."""
-    return tuple(i for i, node in enumerate(network.nodes) if isinstance(node, Activation | Coupled))
+    return tuple(i for i, node in enumerate(network.nodes) if isinstance(node, Activation | Implicit | Coupled))
 
 
 def slope_ends(node: Node) -> tuple[Tensor, Tensor]:
     """Slope interval of a neuron node; of tied neurons, the one their groups keep to."""
-    if isinstance(node, Activation):
+    if isinstance(node, Activation | Implicit):
         return node.function.slopes
     assert isinstance(node, Coupled) and isinstance(node.function, Sort)
     one = torch.ones((), dtype=torch.float64)
@@ -115,7 +115,7 @@ def _rewritten(network: Network, tied: bool) -> Network:
                 place.append(out.add(node))
             case Sum():
                 place.append(out.add(replace(node, sources=tuple(place[s] for s in node.sources))))
-            case Affine() | Activation():
+            case Affine() | Activation() | Implicit():
                 place.append(out.add(replace(node, source=place[node.source])))
             case Coupled():
                 source, size = place[node.source], network.sizes[node.source]

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from lipguard.certificate import Domain, Witness
 from lipguard.errors import NotCertified
-from lipguard.network import Activation, Affine, Coupled, Input, Network, Operator, Sum
+from lipguard.network import Activation, Affine, Coupled, Implicit, Input, Network, Operator, Sum
 from lipguard.rounding import TINY, UNIT, down, gamma, sum_up, up
 from lipguard.verify.coupled_tangent import coupled_tangent
+from lipguard.verify.implicit import enclose
 
 _Ball = tuple[Tensor, Tensor]
 
@@ -69,6 +70,9 @@ def _tangent(network: Network, point: Tensor, direction: Tensor) -> _Ball:
                 mid = torch.where(exact, low, mid)
                 error = mid.abs() * d + spread * (v.abs() + d) + 2 * UNIT * (mid * v).abs() + TINY * (v != 0)
                 tangents.append((mid * v, error * (1 + 8 * UNIT)))
+            case Implicit():
+                for kept, ball in zip((values, tangents), enclose(node, values[node.source], tangents[node.source]), strict=True):
+                    kept.append(ball)
             case Sum():
                 values.append(_sum([values[s] for s in node.sources]))
                 tangents.append(_sum([tangents[s] for s in node.sources]))

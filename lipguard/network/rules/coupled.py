@@ -84,7 +84,9 @@ def _halves(trace: Trace, x: Value, dim: int) -> Tensor:
     """Pairs of entries of the two halves of a dimension; their places, (pairs, 2); the position along it counts fastest."""
     width = x.tensor.shape[dim] if 0 < dim < x.tensor.ndim else 0
     if width == 0 or width % 2:
-        raise InvalidExample(f"{trace.place} takes pairs, the example gives {width} entries along dimension {dim}: give an even number.")
+        raise InvalidExample(
+            f"{trace.place} takes pairs, the example gives {width} entries along dimension {dim}: give an even number."
+        )
     first, second = _codes(x).movedim(dim - 1, -1).reshape(-1, width).chunk(2, -1)
     return torch.stack([first.flatten(), second.flatten()], 1)
 
@@ -226,7 +228,13 @@ def smallest(trace: Trace, input: Value | Tensor, *args: Any, **kwargs: Any) -> 
 
 
 def _extreme(
-    trace: Trace, x: Value | Tensor, binary: Callable[..., int], side: int, dim: Any = None, keepdim: bool = False, other: Any = None
+    trace: Trace,
+    x: Value | Tensor,
+    binary: Callable[..., int],
+    side: int,
+    dim: Any = None,
+    keepdim: bool = False,
+    other: Any = None,
 ) -> int | tuple[int, int]:
     other = dim if isinstance(dim, Value | Tensor) else other
     if other is not None:
