@@ -19,6 +19,7 @@ from lipguard.audit.encoding import from_plain, to_plain
 from lipguard.errors import NotCertified
 from lipguard.network import Activation, Affine, Elementwise, Input, Network, Node, Operator, Sum, activations, operators, smooth
 from lipguard.network.capture import capture
+from lipguard.network.selection import Outputs
 
 __all__ = ["Recipe", "captured", "rebuild", "recipe_of"]
 
@@ -46,7 +47,7 @@ def captured(
     example: Tensor,
     *,
     submodule: str | None = None,
-    outputs: Tensor | tuple[int, int] | None = None,
+    outputs: Outputs | None = None,
 ) -> tuple[Network, Recipe]:
     """The network of a module, as `lipguard.capture` gives it, and the recipe that rebuilds it from the module's state_dict.
 
@@ -271,7 +272,7 @@ def _part(value: Any, tensors: list[Tensor]) -> Any:
     if "tensor" in value:
         return tensors[value["tensor"]]
     fields = {name: _part(field, tensors) for name, field in value.items() if name != "kind"}
-    if value["kind"] in ("PiecewiseLinear", "Smooth"):
+    if value["kind"] in ("PiecewiseLinear", "Smooth", "Wave"):
         return _function(value["kind"], fields)
     return cast("Operator", _operator(value["kind"])(**fields))
 
