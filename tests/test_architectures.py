@@ -172,7 +172,7 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...], type[Exception], str]] = {
     "lstm": (Series(nn.LSTM), (1, 4, 2), errors.UnsupportedLayer, r"^model\.rnn \(LSTM\) .*gates that multiply.*nn\.RNNCell"),
     "gru": (Series(nn.GRU), (1, 4, 2), errors.UnsupportedLayer, r"^model\.rnn \(GRU\) .*gates that multiply"),
     "control flow": (Steps(), (1, 4), errors.UnsupportedLayer,
-        r"^model \(Steps\): Tensor\.__bool__ lets Python read .*the branch it takes.*Where all inputs of a domain take one branch"),
+        r"^model \(Steps\): Tensor\.__bool__ lets Python read .*the branch it takes.*Where all inputs of a domain take one"),
     "own length": (Scaled(), (1, 4), errors.UnsupportedLayer,
         r"^model \(Scaled\): torch\.div uses torch\.norm, a length.*no bound near zero"),
     "softmax": (nn.Sequential(nn.Linear(4, 3), nn.Softmax(1)), (1, 4), errors.UnsupportedLayer,

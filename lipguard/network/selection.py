@@ -87,7 +87,7 @@ def _tensors(tree: Any) -> dict[str, Tensor]:
         tree = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
     names = getattr(tree, "_fields", None)  # of a named tuple
     if isinstance(names, tuple):
-        tree = dict(zip(names, tree, strict=True))
+        tree = {name: getattr(tree, name) for name in names}
     if isinstance(tree, list | tuple):
         tree = dict(enumerate(tree))
     if not isinstance(tree, Mapping):

@@ -184,15 +184,15 @@ def _register_cell(name: str, function: Callable[[], Elementwise]) -> None:
         b_ih: Tensor | None = None,
         b_hh: Tensor | None = None,
     ) -> int:
-        terms = []
+        terms: list[Value | Tensor] = []
         for x, weight, bias in ((input, w_ih, b_ih), (hx, w_hh, b_hh)):
             if isinstance(x, Value):
                 place = x.tensor.new_empty(len(x.tensor), len(weight))
                 terms.append(trace.value(linear(trace, x, weight, bias), place))
             else:
                 exact = [trace.constant(t, "constant") for t in (x, weight)]
-                terms.append(F.linear(*exact, None if bias is None else trace.constant(bias, "bias")))
-        total = add(trace, *terms)
+                terms.append(F.linear(exact[0], exact[1], None if bias is None else trace.constant(bias, "bias")))
+        total = add(trace, terms[0], terms[1])
         held = next(term for term in terms if isinstance(term, Value))
         return trace.activation(trace.value(total, held.tensor), function())
 

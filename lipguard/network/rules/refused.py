@@ -47,10 +47,10 @@ _RECURRENT = (
     "length."
 )
 _GATED = (
-    "is recurrent with gates that multiply the state: a product of two values is no function of single entries. From a zero state, "
-    "the state of step t stays within t, so that the product rule gives a constant, one that grows with the number of steps and "
-    "that no method here computes. Bound the parts before and after it with submodule=..., or use nn.RNNCell in a loop, which is "
-    "captured."
+    "is recurrent with gates that multiply the state: a product of two values is no function of single entries. From a zero "
+    "state, the state of step t stays within t, so that the product rule gives a constant, one that grows with the number of "
+    "steps and that no method here computes. Bound the parts before and after it with submodule=..., or use nn.RNNCell in a "
+    "loop, which is captured."
 )
 _NORMALIZE = (
     "divides by the sample's own length: the slope of x / |x| is 1 / |x|, which has no bound near zero; where |x| >= r the "
