@@ -102,7 +102,8 @@ def _separate(terms: Sequence[Reading], p: float) -> float:
     for term in terms:
         share = math.ldexp(term.bound, -exponent)  # exact, but for bounds that vanish beside the largest one
         share = up(share * share) if p == 2 else share
-        total += share if term.places is None else share * term.places
+        # a number times a mask would be rounded to float32
+        total += share if term.places is None else share * term.places.to(torch.float64)
     largest = float(total.max()) * (1 + 2 * gamma(len(terms) + 2))
     return math.ldexp(sqrt_up(largest) if p == 2 else up(largest), exponent) if largest else 0.0
 
