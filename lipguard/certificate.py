@@ -240,9 +240,13 @@ class Query:
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """Proposed norm of every affine node, by its index in the network; the checker re-proves each."""
+    """Proposed norm of every affine node, by its index in the network; the checker re-proves each.
+
+    `derivation` says how convolutions are to be proved: "norm", as tightly as can be, or "toeplitz", by the Toeplitz bound.
+    """
 
     norms: dict[int, float]
+    derivation: Literal["norm", "toeplitz"] = "norm"
 
 
 @dataclass(frozen=True, eq=False)

@@ -45,6 +45,7 @@ METHODS: dict[str, Entry] = {
     entry.name: entry
     for entry in (
         Entry("spectral", "lipguard.bounds.spectral:Spectral"),
+        Entry("toeplitz", "lipguard.bounds.toeplitz:Toeplitz"),
         Entry("lipsdp-neuron", "lipguard.bounds.semidefinite:Semidefinite", {"tied": False}),
         Entry("lipsdp-layer", "lipguard.bounds.semidefinite:Semidefinite", {"tied": True}),
         Entry("contraction", "lipguard.bounds.implicit:Contraction"),

@@ -55,6 +55,8 @@ CASES: dict[str, tuple[Elementwise, Callable[[Tensor], Tensor]]] = {
     "silu": (smooth.silu(), F.silu),
     "mish": (smooth.mish(), F.mish),
     "hardswish": (smooth.hardswish(), F.hardswish),
+    "sin": (smooth.sin(), torch.sin),
+    "cos": (smooth.cos(), torch.cos),
 }
 SMOOTH = {name: case[0] for name, case in CASES.items() if isinstance(case[0], Smooth)}
 
@@ -227,3 +229,20 @@ def test_derivative_within_its_stated_error(name: str) -> None:
     z = GRID[(GRID != 0) & (GRID.abs() != 3)].clone().requires_grad_()
     slope = torch.autograd.grad(reference(z).sum(), z)[0]
     assert bool(((function.derivative(z.detach()) - slope).abs() <= smooth.ERROR * (1 + slope.abs())).all())
+
+
+def test_waves_reach_their_extremes_every_turn() -> None:
+    # phi' of sin is cos: 1 where a multiple of 2 pi is inside, -1 where an odd multiple of pi is, else the ends decide.
+    sine, cosine = smooth.sin(), smooth.cos()
+    expected = [(math.cos(0.5), math.cos(1.0), -1.0), (1.0, math.cos(0.5), math.cos(2.0))]
+    for turns in (-1000, -1, 0, 3, 10**6):
+        start = 2 * math.pi * turns
+        ends = [torch.tensor([start + a for a in places], dtype=torch.float64) for places in ((-0.5, 0.5, 2.0), (0.25, 1.0, 4.0))]
+        shifted = [end - math.pi / 2 for end in ends]  # -sin(z - pi / 2) = cos(z)
+        for ranges in (sine.slope_range(*ends), cosine.slope_range(*shifted)):
+            for ours, theirs in zip(ranges, expected, strict=True):
+                # a million turns are known to 1e-9
+                torch.testing.assert_close(ours, torch.tensor(theirs, dtype=torch.float64), atol=1e-8, rtol=0)
+    infinite = torch.tensor([math.inf], dtype=torch.float64)
+    assert [float(s) for s in sine.slope_range(-infinite, infinite)] == [-1.0, 1.0]
+    assert [float(s) for s in cosine.slope_range(-infinite, torch.zeros_like(infinite))] == [-1.0, 1.0]

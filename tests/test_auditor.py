@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from test_monitor import STEPS, Classifier, Cosine, loader, logged, trainer
+from test_monitor import STEPS, Classifier, WithoutRule, loader, logged, trainer
 
 from lipguard import Box, CheckpointAuditor, capture
 from lipguard.audit import read_record, record_path, verify_record
@@ -244,7 +244,7 @@ def test_two_auditors_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("module", "options", "reason"),
     [
-        (lambda: Classifier(activation=Cosine()), {}, "UnsupportedLayer"),
+        (lambda: Classifier(activation=WithoutRule()), {}, "UnsupportedLayer"),
         (lambda: Classifier(activation=torch.nn.Tanh()), {"method": "auto"}, "not piecewise|piecewise linear"),
         (Classifier, {"domain": Box([0.0, 0.0], [1.0, 1.0])}, "network has 4 inputs"),
         (lambda: Classifier(example=False), {"example": torch.zeros(1, 5)}, "InvalidExample"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import random
 import time
 
@@ -210,3 +211,49 @@ def test_layers_and_product():
     assert last.spectral.value == pytest.approx(product, rel=1e-14)
     assert list(last.layers) == ["model.0", "model.2", "model.4"]
     assert last.gap == last.upper.value / last.lower.value - 1
+
+
+def test_a_large_network_is_measured_by_what_it_can_afford() -> None:
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 144, 3))
+    tracker = lg.Tracker(wide, torch.zeros(1, 1, 12, 12))
+    upper, lower = tracker.update(0.1)
+    assert tracker.last is not None and 0 < lower <= upper
+    assert (
+        tracker.last.upper.method == "spectral"
+        and "spectral was chosen" in tracker.last.note
+        and "1152 neurons" in tracker.last.note
+    )
+    # a resumed training keeps the method; a method asked for is taken at its word
+    resumed = lg.Tracker(wide, torch.zeros(1, 1, 12, 12))
+    resumed.load_state_dict(tracker.state_dict())
+    assert resumed.update(0.1)[0] == upper
+    asked = lg.Tracker(wide, torch.zeros(1, 1, 12, 12), method="toeplitz")
+    assert asked.update(0.1)[0] >= upper and asked.last is not None and asked.last.note == ""
+    small = lg.Tracker(nn.Sequential(nn.Conv1d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2)), torch.zeros(1, 1, 8))
+    small.update(0.1)
+    assert small.last is not None and small.last.upper.method == "lipsdp-neuron" and small.last.note == ""
+
+
+def test_the_toeplitz_bound_stands_in_where_norms_take_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lipguard.bounds import tracker
+
+    monkeypatch.setattr(tracker, "_LARGEST_CONVOLUTIONAL", 0)
+    network = lg.capture(nn.Sequential(nn.Conv1d(1, 2, 3), nn.ReLU()), torch.zeros(1, 1, 8))
+    assert tracker.affordable(network) == "spectral"
+    monkeypatch.setattr(tracker, "_NORM_WORK", 0)
+    assert tracker.affordable(network) == "toeplitz"
+
+
+def test_lower_bounds_of_many_outputs_need_no_jacobian(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lipguard.bounds import sampling
+
+    torch.manual_seed(0)
+    network = lg.capture(nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 5)), torch.zeros(1, 6))
+    formed = lg.bound(network, method="sampling").value
+    monkeypatch.setattr(sampling, "_LARGEST", 0)
+    along = lg.bound(network, method="sampling").value
+    # ten power iterations come near the largest singular value of a Jacobian of 5 rows
+    assert 0.98 * formed <= along <= formed * (1 + 1e-9)
+    for norm in (1, math.inf):
+        assert 0 < lg.bound(network, method="sampling", norm=norm).value <= lg.bound(network, norm=norm).value

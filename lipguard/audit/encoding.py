@@ -132,7 +132,8 @@ def certificate_from_json(value: Mapping[str, Any]) -> Certificate:
 def _evidence_json(evidence: Evidence) -> dict[str, Any]:
     match evidence:
         case Factors():
-            return {"kind": "factors", "norms": {str(node): float(norm) for node, norm in evidence.norms.items()}}
+            norms = {str(node): float(norm) for node, norm in evidence.norms.items()}
+            return {"kind": "factors", "norms": norms, "derivation": evidence.derivation}
         case Multipliers():
             return {"kind": "multipliers", "t": to_plain(evidence.t), "rho": float(evidence.rho)}
         case LocalMultipliers():
@@ -156,7 +157,10 @@ def _evidence_json(evidence: Evidence) -> dict[str, Any]:
 def _evidence(value: Mapping[str, Any]) -> Evidence:
     match value["kind"]:
         case "factors":
-            return Factors({int(node): float(norm) for node, norm in value["norms"].items()})
+            derivation = value.get("derivation", "norm")
+            if derivation not in ("norm", "toeplitz"):
+                raise ValueError(f"no derivation of factors is called {derivation!r}")
+            return Factors({int(node): float(norm) for node, norm in value["norms"].items()}, derivation)
         case "multipliers":
             return Multipliers(from_plain(value["t"]), float(value["rho"]))
         case "local-multipliers":

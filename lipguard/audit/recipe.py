@@ -35,6 +35,7 @@ from lipguard.network import (
     smooth,
 )
 from lipguard.network.capture import capture
+from lipguard.network.selection import Outputs
 
 __all__ = ["Recipe", "captured", "rebuild", "recipe_of"]
 
@@ -62,7 +63,7 @@ def captured(
     example: Tensor,
     *,
     submodule: str | None = None,
-    outputs: Tensor | tuple[int, int] | None = None,
+    outputs: Outputs | None = None,
 ) -> tuple[Network, Recipe]:
     """The network of a module, as `lipguard.capture` gives it, and the recipe that rebuilds it from the module's state_dict.
 
@@ -287,7 +288,7 @@ def _part(value: Any, tensors: list[Tensor]) -> Any:
     if "tensor" in value:
         return tensors[value["tensor"]]
     fields = {name: _part(field, tensors) for name, field in value.items() if name != "kind"}
-    if value["kind"] in ("PiecewiseLinear", "Smooth"):
+    if value["kind"] in ("PiecewiseLinear", "Smooth", "Wave"):
         return _function(value["kind"], fields)
     return cast("Operator | Coupling", _operator(value["kind"])(**fields))
 

@@ -12,6 +12,7 @@ from lipguard.bounds.local import Local
 from lipguard.certificate import Ball, Box, Certificate, Domain, Norm, Query, norm_pair
 from lipguard.errors import InvalidDomain
 from lipguard.network import Network
+from lipguard.network.selection import Outputs
 from lipguard.solvers.threads import one_thread
 
 __all__ = ["bound"]
@@ -30,7 +31,7 @@ def bound(
     domain: Domain | Sequence[Domain] | None = None,
     solver: str = "auto",
     submodule: str | None = None,
-    outputs: Tensor | tuple[int, int] | None = None,
+    outputs: Outputs | None = None,
     tol: float = 1e-7,
     time_limit: float | None = None,
 ) -> Any:
@@ -50,7 +51,8 @@ def bound(
             of shape (B, ...) with B > 1.
         solver: of the LipSDP methods: "auto", "interior-point", "first-order", "scs", "clarabel", "cvxopt", "mosek".
         submodule: dotted name of a part to bound instead of the whole.
-        outputs: a matrix (k, m) or a pair of classes (i, j) to bound a functional of the outputs.
+        outputs: a matrix (k, m) or a pair of classes (i, j) to bound a functional of the outputs; or which of several
+            tensors that the module returns, by its place or name.
         tol: relative gap of the squared bound asked of `interior-point`.
         time_limit: seconds for the search; what is found by then is verified.
     Returns:
@@ -113,7 +115,7 @@ def network_of(
     model: nn.Module | Network,
     example: Tensor | None,
     submodule: str | None = None,
-    outputs: Tensor | tuple[int, int] | None = None,
+    outputs: Outputs | None = None,
 ) -> Network:
     """The captured network of a module; a `Network` is taken as it is.
 

@@ -19,6 +19,11 @@ from lipguard.errors import UnsupportedQuery
 from lipguard.network import Activation, Affine, Implicit, Input, Network, Sum
 from lipguard.verify import verify
 
+_LARGEST = 2**26
+"""Numbers, 512 MiB, up to which the Jacobians of all starts are formed."""
+
+_POWER_STEPS = 10
+
 
 @dataclass(frozen=True, eq=False)
 class Points:
@@ -60,7 +65,10 @@ class Sampling:
         with torch.inference_mode(False), torch.enable_grad():
             x, v = _ascend(neurons, query, x, v, self.steps, deadline)
         with torch.no_grad():
-            norms, directions = _jacobian_norms(neurons, x, v, query.norm)
+            # The Jacobians of all starts at once, where they and their way back through the widest layer fit.
+            fits = len(x) * neurons.outputs * max(neurons.sizes) <= _LARGEST
+            evaluate = _jacobian_norms if fits else _norms_along
+            norms, directions = evaluate(neurons, x, v, query.norm)
         best = int(norms.argmax())
         witness = Witness(x[best], directions[best])
         proposed = Certificate(float(norms[best]), "lower", query.norm, query.domain, network.digest, "sampling", witness)
@@ -206,11 +214,15 @@ def slopes_at(network: Network, x: Tensor) -> list[Tensor]:
     return result
 
 
-def jacobian(network: Network, slopes: list[Tensor]) -> Tensor:
-    """Jacobians (k, m, d) for given slopes of the neurons, built from the output backwards: m rows are fewer than d columns."""
+def jacobian(network: Network, slopes: list[Tensor], rows: Tensor | None = None) -> Tensor:
+    """Jacobians (k, m, d) for given slopes of the neurons, built from the output backwards: m rows are fewer than d columns.
+
+    With `rows`, (k, r, m): the products rows J, (k, r, d).
+    """
     k = len(slopes[0]) if slopes else 1
-    eye = torch.eye(network.outputs, dtype=torch.float64, device=network.device).expand(k, -1, -1)
-    adjoint: dict[int, Tensor] = {len(network.nodes) - 1: eye}
+    if rows is None:
+        rows = torch.eye(network.outputs, dtype=torch.float64, device=network.device).expand(k, -1, -1)
+    adjoint: dict[int, Tensor] = {len(network.nodes) - 1: rows}
     position = {i: j for j, i in enumerate(network.activations)}
 
     def add(i: int, value: Tensor) -> None:
@@ -233,10 +245,40 @@ def jacobian(network: Network, slopes: list[Tensor]) -> Tensor:
             case Input():
                 pass
     return (
-        adjoint[0]
-        if 0 in adjoint
-        else torch.zeros(k, network.outputs, network.inputs, dtype=torch.float64, device=network.device)
+        adjoint[0] if 0 in adjoint else torch.zeros(k, rows.shape[1], network.inputs, dtype=torch.float64, device=network.device)
     )
+
+
+def _norms_along(network: Network, x: Tensor, v: Tensor, norm: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """||J(x) v||_q / ||v||_p for every row of x, without the Jacobian; v is improved by power iterations if both norms are 2."""
+    p, q = norm
+    slopes = slopes_at(network, x)
+    image = _tangent(network, slopes, v)
+    for _ in range(_POWER_STEPS if (p, q) == (2.0, 2.0) else 0):
+        back = jacobian(network, slopes, image[:, None, :])[:, 0]
+        length = torch.linalg.vector_norm(back, dim=1, keepdim=True)
+        v = torch.where(length > 0, back / length.clamp_min(1e-300), v)
+        image = _tangent(network, slopes, v)
+    return torch.linalg.vector_norm(image, q, dim=1) / torch.linalg.vector_norm(v, p, dim=1).clamp_min(1e-300), v
+
+
+def _tangent(network: Network, slopes: list[Tensor], v: Tensor) -> Tensor:
+    """J v (k, m) for directions v (k, d) and given slopes of the neurons."""
+    values: list[Tensor] = []
+    position = {i: j for j, i in enumerate(network.activations)}
+    for i, node in enumerate(network.nodes):
+        match node:
+            case Input():
+                values.append(v)
+            case Affine():
+                values.append(node.operator(values[node.source]))
+            case Activation():
+                values.append(slopes[position[i]] * values[node.source])
+            case Implicit():
+                values.append(response(node, slopes[position[i]], values[node.source]))
+            case Sum():
+                values.append(torch.stack([values[s] for s in node.sources]).sum(0))
+    return values[-1]
 
 
 def _jacobian_norms(network: Network, x: Tensor, v: Tensor, norm: tuple[float, float]) -> tuple[Tensor, Tensor]:

@@ -27,8 +27,9 @@ from lipguard.bounds.semidefinite import Warm, certify, check_query, not_above_p
 from lipguard.bounds.spectral import Spectral
 from lipguard.certificate import Certificate, Domain, Factors, Norm, Query, norm_pair
 from lipguard.errors import Contradiction, LipguardError, SolverFailed
-from lipguard.network import Affine, Network
+from lipguard.network import Affine, Conv, Network, Operator
 from lipguard.solvers.threads import one_thread
+from lipguard.verify.factors import LARGEST_UNROLLED
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +71,8 @@ class Tracker:
     Args:
         model: the module; read in eval mode, left exactly as it is.
         example: a batch of inputs that the module accepts.
-        method, norm, domain, solver, submodule: as for `lipguard.bound`.
+        method, norm, domain, solver, submodule: as for `lipguard.bound`; but for method None a network too large for the
+            semidefinite bound is measured by "spectral", and the note says so.
         tol: relative gap of the squared bound at which a full solve ends.
 
     Example:
@@ -91,8 +93,9 @@ class Tracker:
     def __post_init__(self) -> None:
         """Check names and the query at once, so that a mistake costs no training."""
         self._query = Query(norm_pair(self.norm), self.domain)
-        self._name = self.method or ("lipsdp-neuron" if self._query.norm == (2.0, 2.0) else "spectral")
-        registry.method(self._name)
+        self._name = self.method or ("" if self._query.norm == (2.0, 2.0) else "spectral")  # "": by the network's size
+        if self._name:
+            registry.method(self._name)
         if self.solver != "auto":
             registry.solver(self.solver)
         self._warm: Any = None
@@ -123,6 +126,8 @@ class Tracker:
         network = network_of(self.model, self.example, self.submodule)
         if self.domain is not None:
             self.domain.bounds(network.inputs)
+        if not self._name:
+            self._name = affordable(network)
         lower = self._lower(network, seconds)
         spent = time.perf_counter() - began
         left = None if seconds is None else max(seconds - spent - self._reserve, 0.0)
@@ -131,7 +136,12 @@ class Tracker:
             raise Contradiction(
                 f"the verified lower bound {lower.value!r} exceeds the verified upper bound {upper.value!r}. Please report this."
             )
-        note = "; ".join(n for n in (upper.note, lower.note) if n)
+        chosen = (
+            ""
+            if self.method or self._name == "lipsdp-neuron" or self._query.norm != (2.0, 2.0)
+            else _SAID.format(method=self._name, neurons=network.neurons)
+        )
+        note = "; ".join(n for n in (chosen, upper.note, lower.note) if n)
         self.last = Measurement(upper, lower, time.perf_counter() - began, network, note)
         return upper.value, lower.value
 
@@ -186,12 +196,13 @@ class Tracker:
 
     def _lower(self, network: Network, seconds: float | None) -> Certificate:
         first = self._points is None
-        small = sum(t.numel() for n in network.nodes if isinstance(n, Affine) for t in n.operator.tensors()) <= _SMALL
-        if small or seconds is None:
+        pass_cost = sum(multiplications(n.operator) for n in network.nodes if isinstance(n, Affine))
+        if pass_cost <= _SMALL or seconds is None:
             starts, steps = (128, 60) if first or seconds is None else (32, 12)
             limit = None if seconds is None else max(0.15 * seconds, 0.1 if first else 0.03)
         else:
-            starts, steps, limit = (32, 60, 0.1) if first else (2, 2, 0.15 * seconds)
+            most = max(2, min(32, int(_PASSES / (pass_cost * max(network.outputs, 1)))))
+            starts, steps, limit = (most, 60, 0.1) if first else (2, 2, 0.15 * seconds)
         norm = self._query.norm
         if norm != (2.0, 2.0) and norm[0] != 1 and norm[1] != math.inf:
             raise LipguardError(f"no lower bound is known from norm {norm[0]} to norm {norm[1]}.")
@@ -214,6 +225,8 @@ class Tracker:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave; another method's multipliers are left out."""
+        if not self._name and isinstance(state.get("method"), str):
+            self._name = state["method"]
         if state.get("method") == self._name and "multipliers" in state:
             self._warm = Warm(torch.as_tensor(state["multipliers"]), float(state["rho"]))
             self._balance = state.get("balance")
@@ -223,8 +236,48 @@ class Tracker:
             self._points = Points(torch.as_tensor(state["inputs"]), torch.as_tensor(state["directions"]))
 
 
+def affordable(network: Network) -> str:
+    """The method that measures a network between two epochs, where none is asked for: the tightest of its cost.
+
+    The same for all networks of one structure, so that a training is measured by one method.
+    """
+    convolutions = [n.operator for n in network.nodes if isinstance(n, Affine) and isinstance(n.operator, Conv)]
+    if network.neurons <= (_LARGEST_CONVOLUTIONAL if convolutions else _LARGEST_MEASURED):
+        return "lipsdp-neuron"
+    return "spectral" if sum(map(_norm_work, convolutions)) <= _NORM_WORK else "toeplitz"
+
+
+def multiplications(operator: Operator) -> int:
+    """Multiplications of one application."""
+    count = sum(t.numel() for t in operator.tensors())
+    return count * math.prod(operator.small) if isinstance(operator, Conv) else count
+
+
+def _norm_work(conv: Conv) -> float:
+    """Multiplications to find and prove a convolution's norm, roughly: of its matrix, or of its frequencies' symbols."""
+    few, many = sorted(conv.shape)
+    if few * many <= LARGEST_UNROLLED:
+        return 4.0 * few * few * many
+    few, many = sorted(n // conv.groups for n in conv.channels)
+    return (
+        32.0 * math.prod(n + k for n, k in zip(conv.large, conv.weight.shape[2:], strict=True)) * few * few * many * conv.groups
+    )
+
+
+_SAID = "{method} was chosen: a semidefinite bound of {neurons} neurons takes longer than measuring may"
+
+_LARGEST_CONVOLUTIONAL, _LARGEST_MEASURED = 1000, 4000
+"""Neurons up to which the dense semidefinite program is refined within a second or so: of convolutions, whose matrices are
+large beside their weights, and of matrices."""
+
+_NORM_WORK = 2e11
+"""Multiplications for norms of convolutions beyond which the Toeplitz bound is taken: about ten seconds."""
+
 _SMALL = 100_000
-"""Weights up to which the ascent for the lower bound is run with many starts: about 10 ms."""
+"""Multiplications a sample up to which the ascent for the lower bound is run with many starts: about 10 ms."""
+
+_PASSES = 4e9
+"""Multiplications for the Jacobians of the first starts: a second or so."""
 
 _LARGEST_FULL = 320
 """Order up to which the first measurement is a full solve: about a fifth of a second."""

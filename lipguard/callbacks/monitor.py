@@ -47,7 +47,8 @@ class LipschitzMonitor(Callback):
     clears it, and `{prefix}/failed` counts up.
 
     Args:
-        method: method of the upper bound, as for `lipguard.bound`; None chooses the tightest affordable for the norm.
+        method: method of the upper bound, as for `lipguard.bound`; None chooses the tightest affordable for the norm and the
+            network's size, and warns once where that is a product of layer norms.
         norm: 1, 2 or inf, or a pair (input, output) of them.
         domain: a `Box` or a `Ball` of inputs; None means all inputs.
         every_n_epochs: measure at the end of every n-th epoch; None for never.
@@ -111,7 +112,7 @@ class LipschitzMonitor(Callback):
         self._batch_example: Tensor | None = None
         self._mark: float | None = None
         self._measured_step, self._triggered_step = -1, 0
-        self._measured_in_fit, self._warned = False, False
+        self._measured_in_fit, self._warned, self._told_choice = False, False, False
 
     @property
     def state_key(self) -> str:
@@ -258,6 +259,8 @@ class LipschitzMonitor(Callback):
             raise LipguardError(f"the measured bounds [{lower:g}, {upper:g}] are not finite; nothing is logged.")
         if lower > upper:
             raise Contradiction(f"verified lower bound {lower!r} > verified upper bound {upper!r}. Please report this model.")
+        if self.method is None and tracker.last is not None and tracker.last.note.startswith(f"{tracker.last.upper.method} was"):
+            self._tell(tracker.last.note)
         values = {"upper": upper, "lower": lower}
         if lower > 0:
             values["gap"] = upper / lower - 1
@@ -288,6 +291,12 @@ class LipschitzMonitor(Callback):
                 f"LipschitzMonitor logged no bound: {_told(error)} Training goes on; {self.prefix}/failed counts failures.",
                 stacklevel=3,
             )
+
+    def _tell(self, note: str) -> None:
+        """Say once which method was chosen for a network that is too large for the tightest."""
+        if not self._told_choice:
+            self._told_choice = True
+            warnings.warn(f"LipschitzMonitor: {note}. Give method=... to choose another, or submodule=....", stacklevel=3)
 
     def _log(
         self,

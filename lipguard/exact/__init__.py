@@ -17,6 +17,7 @@ from lipguard.errors import UnknownName
 from lipguard.exact.problem import problem
 from lipguard.network import Activation, Network
 from lipguard.network.activations import PiecewiseLinear
+from lipguard.network.selection import Outputs
 
 __all__ = ["METHODS", "exact"]
 
@@ -48,7 +49,7 @@ def exact(
     gap: float = 1e-6,
     threads: int = 1,
     formulation: Literal["tightened", "published"] = "tightened",
-    outputs: Tensor | tuple[int, int] | None = None,
+    outputs: Outputs | None = None,
     submodule: str | None = None,
 ) -> Enclosure:
     """Lipschitz constant of a piecewise-linear network: exact, or the enclosure that the time allows.

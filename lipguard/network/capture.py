@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from lipguard.errors import InvalidExample, InvalidModel, LipguardError, Unknown
 from lipguard.network import Network
 from lipguard.network.frozen import frozen, intercepted
 from lipguard.network.rules import load, lowers
+from lipguard.network.selection import Outputs, choose, parts, select
 from lipguard.network.simplify import simplify
 from lipguard.network.trace import Trace, Tracer
 
@@ -29,7 +31,7 @@ def capture(
     example: Tensor | None = None,
     *,
     submodule: str | None = None,
-    outputs: Tensor | tuple[int, int] | None = None,
+    outputs: Outputs | None = None,
     live: bool = False,
 ) -> Network:
     """The network that a module computes in evaluation mode, in float64 arithmetic on its stored weights.
@@ -43,7 +45,9 @@ def capture(
             `Network`.
         submodule: path of the submodule to bound. `example` is then an input of `model`, run once to see what arrives at
             the submodule, or, where that fails, an input of the submodule itself.
-        outputs: a matrix (k, m) applied to the m outputs, or a pair (i, j) of classes, for output i minus output j.
+        outputs: a matrix (k, m) applied to the m outputs, or a pair (i, j) of classes, for output i minus output j. Where the
+            module returns several tensors: the place, key or name of one ("policy.logits" where nested), or a pair of that
+            and one of the former.
         live: keep the weights in the autograd graph, for penalties; else they are detached copies.
     Returns:
         A `Network` with d inputs and m outputs: the entries of one sample, in row-major order.
@@ -55,19 +59,22 @@ def capture(
         UnsupportedQuery: `outputs` does not fit the network.
     Rounding: products of constants (a folded BatchNorm) are rounded to float64 once; the network is the certified object.
     """
+    which, functional = parts(outputs)
     if isinstance(model, Network):
         network = model
+        if which is not None:
+            raise UnsupportedQuery(f"outputs={which!r} chooses among a module's outputs; a Network has one.")
     elif isinstance(model, nn.Module):
         if example is None:
             raise InvalidExample("a module needs an example input, a batch (1, ...) of the shape it takes. Give example=...")
         load()
-        network = _capture(_unwrap(model), example, submodule, live)
+        network = _capture(_unwrap(model), example, submodule, live, which)
     else:
         raise InvalidModel(f"model is {type(model).__name__}; an nn.Module or a lipguard.Network is needed.")
-    return network if outputs is None else _select(network, outputs)
+    return network if functional is None else select(network, functional)
 
 
-def _capture(model: nn.Module, example: Tensor, submodule: str | None, live: bool) -> Network:
+def _capture(model: nn.Module, example: Tensor, submodule: str | None, live: bool, which: str | None) -> Network:
     _check(model, example)
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -79,12 +86,12 @@ def _capture(model: nn.Module, example: Tensor, submodule: str | None, live: boo
             part, root = _find(model, submodule), f"model.{submodule}"
             sample = _arriving(model, part, sample, example)
         generator = torch.Generator().manual_seed(0)
-        network = _trace(part, torch.cat([sample, _perturbed(sample, generator)]), live, root)
-        _compare(network, part, torch.cat([sample, _perturbed(sample, generator)]), root)
+        network = _trace(part, torch.cat([sample, _perturbed(sample, generator)]), live, root, which)
+        _compare(network, part, torch.cat([sample, _perturbed(sample, generator)]), root, which)
     return network
 
 
-def _trace(module: nn.Module, batch: Tensor, live: bool, root: str) -> Network:
+def _trace(module: nn.Module, batch: Tensor, live: bool, root: str, which: str | None) -> Network:
     trace = Trace(batch[0].numel(), {id(p): f"{root}.{n}" for n, p in _named_tensors(module)}, live, root)
     with torch.set_grad_enabled(live):
         batch = batch.clone()
@@ -101,11 +108,7 @@ def _trace(module: nn.Module, batch: Tensor, live: bool, root: str) -> Network:
 
         with intercepted(module, forward), tracer:
             output = _run(module, batch, root)
-    if not isinstance(output, Tensor):
-        raise UnsupportedLayer(
-            f"{root} ({type(module).__name__}) returns {type(output).__name__}; one tensor is needed. Wrap it in a module that "
-            "returns the tensor to bound, or bound a submodule with submodule=...."
-        )
+    output = choose(output, which, f"{root} ({type(module).__name__})")
     node = tracer.node(output)
     if node is None:
         raise UnsupportedLayer(
@@ -114,7 +117,7 @@ def _trace(module: nn.Module, batch: Tensor, live: bool, root: str) -> Network:
     return simplify(trace.nodes, node)
 
 
-def _compare(network: Network, module: nn.Module, batch: Tensor, root: str) -> None:
+def _compare(network: Network, module: nn.Module, batch: Tensor, root: str, which: str | None) -> None:
     """Raise unless network and module agree on two samples, in float64 if the module runs in it, else in its own dtype."""
     with torch.no_grad():
         values = network.values(batch.detach().flatten(1))
@@ -130,11 +133,11 @@ def _compare(network: Network, module: nn.Module, batch: Tensor, root: str) -> N
         worst = "it cannot be run again"
         for reference, tolerance in references:
             try:
-                output = reference()
+                output = choose(reference(), which, root)
             except Exception as error:  # in float64 a module may refuse to run; its own dtype then decides
                 failure = error
                 continue
-            if not isinstance(output, Tensor) or output.numel() != values[-1].numel():
+            if output.numel() != values[-1].numel():
                 continue
             difference = float((output.flatten(1) if output.ndim > 1 else output[:, None]).sub(values[-1]).abs().max())
             if difference <= tolerance * scale:
@@ -152,10 +155,25 @@ def _run(module: nn.Module, batch: Tensor, root: str) -> Any:
     except LipguardError:
         raise
     except Exception as error:
+        several = _several(module)
+        if several:
+            raise InvalidExample(
+                f"{root} ({type(module).__name__}) takes {len(several)} inputs ({', '.join(several)}); a Lipschitz constant is "
+                "that of a function of one. Wrap it in a module that holds the others fixed, or that takes all of them joined in "
+                "one tensor and splits it; or bound a submodule with submodule=...."
+            ) from error
         raise InvalidExample(
             f"{root} ({type(module).__name__}) fails on an example of shape {('B', *batch.shape[1:])}, {batch.dtype}: "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+def _several(module: nn.Module) -> list[str]:
+    """Names of the arguments without defaults that a forward takes, where it takes more than one."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    names = [p.name for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
+    return names if len(names) > 1 else []
 
 
 class _Arrived(Exception):
@@ -233,17 +251,3 @@ def _perturbed(row: Tensor, generator: torch.Generator) -> Tensor:
 
 def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
-
-
-def _select(network: Network, outputs: Tensor | tuple[int, int]) -> Network:
-    m = network.outputs
-    if isinstance(outputs, Tensor):
-        if outputs.ndim != 2 or outputs.shape[1] != m:
-            raise UnsupportedQuery(f"outputs has shape {tuple(outputs.shape)}; a matrix (k, {m}) is needed for {m} outputs.")
-        return network.with_outputs(outputs)
-    i, j = outputs
-    if not (0 <= i < m and 0 <= j < m and i != j):
-        raise UnsupportedQuery(f"outputs = ({i}, {j}); two different classes from 0 to {m - 1} are needed.")
-    row = torch.zeros(1, m, dtype=torch.float64)
-    row[0, i], row[0, j] = 1.0, -1.0
-    return network.with_outputs(row)

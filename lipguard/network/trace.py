@@ -46,6 +46,22 @@ _READS = frozenset({
     "__bool__", "__float__", "__int__", "__index__", "__complex__", "__contains__", "item", "tolist", "numpy", "__array__",
     "equal", "allclose", "is_nonzero",
 })  # fmt: skip
+# What is wrong with computing with the result of such a call.
+_JUMPS = (
+    "chooses by {origin} of a value that depends on the input: the result jumps unless both choices agree where the choice "
+    "changes. Write it with relu, clamp or abs, or bound the part before it with submodule=...."
+)
+_LENGTH = (
+    "uses {origin}, a length, which is no function of single entries. x -> |x| has the constant 1 in its own norm: the bound of "
+    "what is before it, submodule=..., is the bound of its length. x / |x| has the slope 1 / |x|, which has no bound near zero."
+)
+_SPREAD = (
+    "uses {origin} of the sample itself: a division by the spread has no bound that is useful where the spread vanishes. Use "
+    "BatchNorm, whose statistics are fixed, or bound the parts before and after it with submodule=...."
+)
+_WHY = dict.fromkeys(("gt", "lt", "ge", "le", "eq", "ne", "argmax", "argmin"), _JUMPS) | {
+    "norm": _LENGTH, "std": _SPREAD, "var": _SPREAD,
+}  # fmt: skip
 UNKNOWN = -1
 """What a rule returns for a result that may be looked at, but not computed with."""
 
@@ -256,7 +272,8 @@ class Tracer(TorchFunctionMode):
         if key in _READS:
             trace.refuse(
                 "lets Python read a number that depends on the input (bool, item, float): the branch it takes is known for the "
-                "example only. Bound a submodule without it, or add a rule for the module with @lowers."
+                "example only, and the function may jump where it changes. Where all inputs of a domain take one branch, bound a "
+                "module that has that branch alone; else bound a submodule without it, or add a rule with @lowers."
             )
         rule = function_rule(key)
         if rule is None and key in _QUESTIONS:
@@ -274,7 +291,8 @@ class Tracer(TorchFunctionMode):
             node = rule(trace, *self._values(args), **self._values(kwargs))
         except TypeError as error:
             raise UnsupportedLayer(f"{trace.place} is called with arguments that its rule does not know: {error}") from error
-        return self._finish(func(*args, **kwargs), node)
+        result = func(*args, **kwargs)
+        return self._finish(args[0] if key in ("__setitem__", "setitem") else result, node)
 
     def _finish(self, result: Any, node: int | tuple[int, ...]) -> Any:
         trace = self.trace
@@ -306,6 +324,9 @@ class Tracer(TorchFunctionMode):
     def _value(self, tensor: Tensor) -> Value:
         known = self._known[id(tensor)]
         if known.node == UNKNOWN:
+            name = known.origin.rpartition(".")[2].strip("_")
+            if name in _WHY:
+                self.trace.refuse(_WHY[name].format(origin=known.origin))
             self.trace.refuse(
                 f"uses the result of {known.origin}, which has no rule. Bound a submodule with submodule=..., "
                 f"or add one with @lowers({known.origin})."

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lipguard.certificate import Domain, Witness
 from lipguard.errors import NotCertified
-from lipguard.network import Activation, Affine, Coupled, Implicit, Input, Network, Operator, Sum
+from lipguard.network import Activation, Affine, Conv, Coupled, Implicit, Input, Network, Operator, Sum
 from lipguard.rounding import TINY, UNIT, down, gamma, sum_up, up
 from lipguard.verify.coupled_tangent import coupled_tangent
 from lipguard.verify.implicit import enclose
@@ -90,8 +90,16 @@ def _affine(operator: Operator, ball: _Ball, bias: Tensor | None) -> _Ball:
     mass = magnitude(center.abs())
     if bias is not None:
         y, mass = y + bias, mass + bias.abs()
-    k = operator.shape[1] + 4
+    k = _longest_sum(operator) + 4
     return y, (magnitude(radius) + gamma(k) * mass) * (1 + 4 * gamma(k)) + k * TINY * (mass > 0)
+
+
+def _longest_sum(operator: Operator) -> int:
+    """Products that are summed in one entry, at most."""
+    if not isinstance(operator, Conv):
+        return operator.shape[1]
+    weight = operator.weight
+    return weight.numel() // (weight.shape[1] * operator.groups if operator.transposed else weight.shape[0])
 
 
 def _sum(balls: list[_Ball]) -> _Ball:

@@ -83,6 +83,8 @@ def canonical(function: Callable[..., object]) -> object:
     home = getattr(function, "__module__", None)
     if home is not None and home.split(".")[0] != "torch":
         return function
+    if home == "torch.nn.functional" and name == "unfold":  # another function than Tensor.unfold
+        return "im2col"
     if name.endswith("_") and not name.endswith("__"):
         name = name[:-1]
     return _OPERATORS.get(name, name)

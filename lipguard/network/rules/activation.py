@@ -136,7 +136,7 @@ def _plain(name: str, make: Callable[[], Elementwise]) -> None:
     lowers(name)(rule)
 
 
-for _name in ("tanh", "sigmoid", "logsigmoid", "softsign", "selu", "silu", "mish", "hardswish"):
+for _name in ("tanh", "sigmoid", "logsigmoid", "softsign", "selu", "silu", "mish", "hardswish", "sin", "cos"):
     _plain(_name, getattr(smooth, _name))
 
 

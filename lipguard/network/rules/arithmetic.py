@@ -12,6 +12,12 @@ from lipguard.network.trace import Trace, Value
 
 Operand = Value | Tensor | float | int
 
+PRODUCT = (
+    "multiplies two values that both depend on the input: a quadratic map has no global Lipschitz constant. Where the factors "
+    "stay within |a| <= A and |b| <= B, the product rule gives B Lip(a) + A Lip(b): bound both factors with submodule=..., or "
+    "hold one of them constant."
+)
+
 
 @lowers("add")
 def add(trace: Trace, input: Operand, other: Operand, *, alpha: float = 1) -> int:
@@ -48,7 +54,7 @@ def neg(trace: Trace, input: Value) -> int:
 def mul(trace: Trace, input: Operand, other: Operand) -> int:
     """A product with a constant: a number, or one for each feature."""
     if isinstance(input, Value) and isinstance(other, Value):
-        trace.refuse("multiplies two values that both depend on the input: a quadratic map has no global Lipschitz constant.")
+        trace.refuse(PRODUCT)
     value, constant = (input, other) if isinstance(input, Value) else (other, input)
     assert isinstance(value, Value) and not isinstance(constant, Value)
     return scaled(trace, value, constant)

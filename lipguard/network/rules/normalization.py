@@ -45,3 +45,27 @@ def batch_norm(
         shift = shift + trace.constant(bias, "bias")
     positions = input.size // channels
     return trace.affine(input, Diagonal(scale.repeat_interleave(positions), input.size), shift.repeat_interleave(positions))
+
+
+@lowers("instance_norm")
+def instance_norm(
+    trace: Trace,
+    input: Value,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> int:
+    """With running statistics the same as batch_norm; with the sample's own, refused."""
+    if use_input_stats:
+        trace.refuse(
+            "divides by the standard deviation of each channel of the sample itself: its only global bound, "
+            f"max |weight| / sqrt(eps) with eps = {eps:g}, is reached near constant channels, and useless elsewhere. Use "
+            "track_running_stats=True, whose running statistics are fixed, or bound the parts before and after it with "
+            "submodule=...."
+        )
+    return batch_norm(trace, input, running_mean, running_var, weight, bias, False, momentum, eps)

@@ -26,13 +26,14 @@ _MOVES: dict[str, Callable[..., Any]] = {
     "native_channel_shuffle": torch.channel_shuffle,
     "pixel_shuffle": torch.pixel_shuffle,
     "pixel_unshuffle": torch.pixel_unshuffle,
+    "im2col": F.unfold,
 } | {
     name: getattr(Tensor, name)
     for name in (
         "adjoint", "broadcast_to", "chunk", "diagonal", "expand", "flip", "fliplr", "flipud", "gather", "hsplit", "index_select",
         "moveaxis", "movedim", "narrow", "permute", "repeat", "repeat_interleave", "roll", "rot90", "select", "split",
         "split_with_sizes", "swapaxes", "swapdims", "t", "take_along_dim", "tensor_split", "tile", "transpose", "tril", "triu",
-        "unbind", "unsafe_chunk", "unsafe_split",
+        "unbind", "unfold", "unsafe_chunk", "unsafe_split", "vsplit",
     )
 }  # fmt: skip
 _JOINS = {
@@ -149,6 +150,44 @@ def pad(
     return rearranged(trace, input, lambda code: F.pad(code, pad, mode=mode))
 
 
+@lowers("where")
+def where(trace: Trace, condition: Any, input: Any = None, other: Any = None) -> int:
+    """Entries of one or the other, by a constant condition."""
+    if isinstance(condition, Value) or input is None:
+        trace.refuse("chooses by the values it is given: it jumps unless both choices agree where the choice changes.")
+    return _joined(trace, [input, other], lambda parts: torch.where(condition, *parts))
+
+
+@lowers("masked_fill")
+def masked_fill(trace: Trace, input: Any, mask: Any, value: Any) -> int:
+    """A number in place of the entries under a constant mask."""
+    return where(trace, mask, value, input)
+
+
+@lowers("setitem", "__setitem__")
+def setitem(trace: Trace, input: Any, place: Any, value: Any) -> int:
+    """The tensor after writing into it; `Tracer` gives it this node."""
+    if _depends(place):
+        trace.refuse("writes entries at places that depend on the input.")
+
+    def write(parts: list[Tensor]) -> Tensor:
+        written = parts[0].clone()
+        written[place] = parts[1]
+        return written
+
+    return _joined(trace, [input, value], write)
+
+
+@lowers("fold", "col2im")
+def fold(trace: Trace, input: Value, output_size: Any, *args: Any, **kwargs: Any) -> int:
+    """Overlapping blocks added up: the adjoint of unfold, by the places that unfold reads."""
+    pair = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
+    one = F.fold(input.tensor[:1].detach(), pair, *args, **kwargs)
+    code = torch.arange(1, one.numel() + 1, dtype=torch.float64, device=one.device).reshape(1, *one.shape[-3:])
+    place = F.unfold(code, *args, **kwargs).flatten().to(torch.int64) - 1
+    return trace.affine(input, Index(place, one.numel(), transposed=True))
+
+
 def _register_join(name: str, join: Callable[..., Tensor]) -> None:
     def rule(trace: Trace, tensors: Any, *args: Any, **kwargs: Any) -> int:
         return _joined(trace, list(tensors), lambda parts: join(parts, *args, **kwargs))
@@ -178,6 +217,7 @@ def _joined(trace: Trace, parts: list[Any], join: Callable[[list[Tensor]], Tenso
             begins.append(offset)
             offset += part.size
         else:
+            part = part if isinstance(part, Tensor) else torch.tensor(part, dtype=torch.float64)
             constants.append(trace.constant(part, "constant").to(device))
             codes.append(torch.zeros_like(constants[-1]))
     index = _index(trace, join(codes), rows, total)
