@@ -2,5 +2,6 @@
 
 from lipguard.nn.activations import GroupSort, Householder, MaxMin
 from lipguard.nn.equilibrium import ContractiveEquilibrium, LipschitzEquilibrium
+from lipguard.nn.relu_theta import ReLUTheta
 
-__all__ = ["ContractiveEquilibrium", "GroupSort", "Householder", "LipschitzEquilibrium", "MaxMin"]
+__all__ = ["ContractiveEquilibrium", "GroupSort", "Householder", "LipschitzEquilibrium", "MaxMin", "ReLUTheta"]

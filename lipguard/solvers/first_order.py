@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lipguard.errors import SolverFailed
-from lipguard.solvers.slope_program import Proposal, SlopeProgram
+from lipguard.solvers.slope_program import Elimination, Proposal, SlopeProgram
 
 _STAGES = (4.0, 16.0, 64.0, 256.0, 1024.0)
 
@@ -99,12 +99,21 @@ class Smoothed(NamedTuple):
         gradient: its gradient in x.
         curvature: the size of its second derivatives along single coordinates, >= 0: a neuron's share of the energy.
         largest: lambda_max(S), the least rho that the multipliers prove.
+        responses: (w, x) for each eigenvector x of S, (N, r), times the square root of its share in the derivative of the value
+            in S: value changes by half the sum of the quadratic form's changes at these.
+        eigenvalues: of S, ascending, (r,).
     """
 
     value: float
     gradient: Tensor
     curvature: Tensor
     largest: float
+    responses: Tensor
+    eigenvalues: Tensor
+
+    def step(self) -> Tensor:
+        """The step of x to the minimum along single coordinates, by gradient and curvature."""
+        return -self.gradient * _inverse(self.curvature)
 
 
 def smoothed(program: SlopeProgram, x: Tensor, p: float) -> Smoothed | None:
@@ -115,12 +124,16 @@ def smoothed(program: SlopeProgram, x: Tensor, p: float) -> Smoothed | None:
     In log t_j that is 2 t_j w_j p_j - 2 t_j w_j^2, two terms that balance at the optimum and react to log t_j in
     opposite ways: their size, 2 t_j w_j^2, is that of the second derivative.
     """
-    tau = x.exp()
-    t = program.spread(tau)
+    t = program.spread(x.exp())
     try:
         eliminated = program.eliminate(lambda k, _: t[program.slices[k]])
     except SolverFailed:
         return None
+    return derivatives(program, x.exp(), eliminated, p)
+
+
+def derivatives(program: SlopeProgram, tau: Tensor, eliminated: Elimination, p: float) -> Smoothed | None:
+    """`smoothed` from an elimination at the group multipliers tau; None where it has no finite value."""
     if eliminated.schur is None:
         return None
     values, vectors = torch.linalg.eigh(eliminated.schur)
@@ -135,7 +148,9 @@ def smoothed(program: SlopeProgram, x: Tensor, p: float) -> Smoothed | None:
     w = xw[: program.neurons]
     gradient, curvature = (2 * program.gather((w * v) @ weights) * tau for v in (program.q(xw) - w, w))
     value = float(top.log() + total.log() / p)
-    return Smoothed(value, gradient, curvature, float(top)) if bool(gradient.isfinite().all()) else None
+    return (
+        Smoothed(value, gradient, curvature, float(top), xw * weights.sqrt(), values) if bool(gradient.isfinite().all()) else None
+    )
 
 
 def lbfgs(
