@@ -41,10 +41,14 @@ from lipguard.verify.substitution import Reduced, reduce
 
 _LOGGER = logging.getLogger("lipguard.exact")
 _BATCH_SECONDS = 0.5
-"""A batch is made smaller where it would take longer: the time limit is looked at in between."""
+"""A batch is made smaller where it would take more processor time: the time limit is looked at in between."""
 _SOON = 0.25
 _FINE_SECONDS = 1.0
 """A search that took no more processor time than this goes on to a gap of `FINE`, for as long as this may take."""
+_CLIMB_SECONDS = 0.2
+"""How long the regions around a new incumbent are tried."""
+_CLIMBS_FROM, _CLIMBS_SHARE = 0.4, 0.05
+"""Processor time after which incumbents are looked for from elsewhere as well, and the share of it that this may take."""
 _SMALLEST = 1e-100
 """Least value that is claimed: its square must be a number."""
 _MEMORY = 0.8
@@ -67,7 +71,6 @@ def branch_and_bound(network: Network, query: Query, *, time_limit: float | None
         form = phase_form(network, query.domain)
         deadline = math.inf if time_limit is None else time.monotonic() + time_limit
         search = Search(form, task, gap, deadline)
-        began = time.thread_time()
         try:
             task.sample()
             task.improve(seconds=2.0)
@@ -78,7 +81,7 @@ def branch_and_bound(network: Network, query: Query, *, time_limit: float | None
         if not search.evidence:
             _roots(search)  # a bound there must be
         value, evidence = search.upper, search.evidence
-        if status == "closed" and gap > FINE and time.thread_time() - began < _SOON:
+        if status == "closed" and gap > FINE and time.thread_time() - search.began < _SOON:
             value, evidence = _refine(search)
         return _conclude(search, status, value, evidence, gap)
 
@@ -98,10 +101,20 @@ def _run(search: Search) -> Status:
                 return "time limit"
             if memory_share() > _MEMORY:
                 return "memory limit"
+            _climb(search)
             _expand(search)
     except KeyboardInterrupt:
         return "interrupted"
     return "closed"
+
+
+def _climb(search: Search) -> None:
+    """Look for incumbents from other inputs now and then: on many inputs the relaxations' points are poor ones."""
+    spent = time.thread_time() - search.began
+    if spent > _CLIMBS_FROM and search.climbed < _CLIMBS_SHARE * spent:
+        search.starts += 1
+        search.task.restart(search.starts)
+        search.climbed += time.thread_time() - search.began - spent
 
 
 def _refine(search: Search) -> tuple[float, tuple[Leaf, ...]]:
@@ -124,7 +137,7 @@ def _refine(search: Search) -> tuple[float, tuple[Leaf, ...]]:
 
 def _expand(search: Search) -> None:
     """Branch the nodes of largest bounds and evaluate their children as one batch."""
-    started = time.monotonic()
+    started = time.thread_time()
     parents: list[Node] = []
     children: list[Child] = []
     try:
@@ -143,7 +156,7 @@ def _expand(search: Search) -> None:
                 children.append((node, child, next((known for known in node.points if _within(known, child)), None)))
         if parents:
             _evaluate(search, *_columns(children))
-            each = (time.monotonic() - started) / len(parents)
+            each = max(time.thread_time() - started, 1e-6) / len(parents)
             search.batch = max(1, min(BATCH, int(_BATCH_SECONDS / each)))
     except KeyboardInterrupt:
         for node in parents:
@@ -169,6 +182,7 @@ def _evaluate(
 ) -> None:
     """Bound new nodes; nothing is added to the search before all of it succeeded."""
     form, task = search.form, search.task
+    before = task.lower
     ranges = propagate(form, decisions, parts)
     empty = ranges.empty.tolist()
     search.nodes += len(decisions)
@@ -228,6 +242,8 @@ def _evaluate(
             search.finish(node)
         else:
             search.push(node)
+    if task.lower > before:
+        task.improve(seconds=_CLIMB_SECONDS)
 
 
 def _flat(search: Search, leaves: list[Leaf], decisions: Tensor, ranges: Ranges, reduced: Reduced, i: int, part: int) -> bool:

@@ -122,6 +122,16 @@ class Problem:
             if time.monotonic() > limit or self.incumbent.value <= best:
                 return
 
+    def restart(self, seed: int, count: int = 64, seconds: float = 1.0) -> None:
+        """Climb from other random points than before, and keep the better incumbent."""
+        best, self.incumbent = self.incumbent, None
+        try:
+            self.sample(count, seed)
+            self.improve(seconds=seconds)
+        finally:
+            if best is not None and best.value >= self.lower:
+                self.incumbent = best
+
     def lower_certificate(self, method: str) -> Certificate:
         """The incumbent as a certificate whose value the checker computed.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import time
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -62,7 +63,7 @@ Child = tuple[Node, Tensor, Known]
 
 @dataclass(eq=False)
 class Search:
-    """State of one search."""
+    """State of one search; times are the thread's processor time, so that a busy machine changes no decision."""
 
     form: PhaseForm
     task: Problem
@@ -77,6 +78,9 @@ class Search:
     refuted: int = 0
     flat: int = 0
     closed: float = 0.0
+    began: float = field(default_factory=time.thread_time)
+    climbed: float = 0.0
+    starts: int = 0
     counter: itertools.count[int] = field(default_factory=itertools.count)
     seen: set[bytes] = field(default_factory=set)
 

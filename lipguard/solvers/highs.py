@@ -56,24 +56,6 @@ def maximise(objective: Vector, rows: Vector, right: Vector, lower: Vector, uppe
     return _run(highs, highspy.HighsModelStatus.kOptimal)
 
 
-def maximise_each(objectives: Vector, rows: Vector, right: Vector, lower: Vector, upper: Vector) -> list[LinearResult]:
-    """`maximise` of several objectives (K, N) over one polytope, each started from the basis of the one before."""
-    try:
-        import highspy
-    except ImportError:
-        return [_maximise_by_scipy(objective, rows, right, lower, upper) for objective in objectives]
-    results: list[LinearResult] = []
-    highs = _linear()
-    places = np.arange(len(lower), dtype=np.int32)
-    for objective in objectives:
-        if results:
-            highs.changeColsCost(len(places), places, objective)
-        else:
-            highs.passModel(_model(objective, rows, np.full(len(right), -np.inf), right, lower, upper))
-        results.append(_run(highs, highspy.HighsModelStatus.kOptimal))
-    return results
-
-
 def _linear() -> Any:
     """This thread's instance for linear programs."""
     highs = getattr(_LOCAL, "highs", None)
