@@ -29,7 +29,9 @@ class GroupSort(nn.Module):
     def __init__(self, group_size: int | None = 2) -> None:
         super().__init__()
         if group_size is not None and (not isinstance(group_size, int) or isinstance(group_size, bool) or group_size < 1):
-            raise ValueError(f"GroupSort(group_size={group_size!r}): a group size is a whole number >= 1, or None for all channels.")
+            raise ValueError(
+                f"GroupSort(group_size={group_size!r}): a group size is a whole number >= 1, or None for all channels."
+            )
         self.group_size = group_size
 
     def forward(self, x: Tensor) -> Tensor:

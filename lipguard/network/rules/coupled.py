@@ -58,9 +58,7 @@ def householder(trace: Trace, x: Value, directions: Tensor, dim: int = 1) -> int
     index = _halves(trace, x, dim)
     pairs = x.tensor.shape[dim] // 2
     if directions.shape != (pairs, 2):
-        raise InvalidExample(
-            f"{trace.place} has directions of shape {tuple(directions.shape)}, the example gives {pairs} pairs along dimension {dim}."
-        )
+        raise InvalidExample(f"{trace.place} has directions of shape {tuple(directions.shape)}, the example gives {pairs} pairs.")
     return trace.coupled(x, Reflection(index, directions.to(index.device).repeat(len(index) // pairs, 1)))
 
 
@@ -84,7 +82,9 @@ def _halves(trace: Trace, x: Value, dim: int) -> Tensor:
     """Pairs of entries of the two halves of a dimension; their places, (pairs, 2); the position along it counts fastest."""
     width = x.tensor.shape[dim] if 0 < dim < x.tensor.ndim else 0
     if width == 0 or width % 2:
-        raise InvalidExample(f"{trace.place} takes pairs, the example gives {width} entries along dimension {dim}: give an even number.")
+        raise InvalidExample(
+            f"{trace.place} takes pairs, the example gives {width} entries along dimension {dim}: give an even number."
+        )
     first, second = _codes(x).movedim(dim - 1, -1).reshape(-1, width).chunk(2, -1)
     return torch.stack([first.flatten(), second.flatten()], 1)
 
@@ -226,7 +226,13 @@ def smallest(trace: Trace, input: Value | Tensor, *args: Any, **kwargs: Any) -> 
 
 
 def _extreme(
-    trace: Trace, x: Value | Tensor, binary: Callable[..., int], side: int, dim: Any = None, keepdim: bool = False, other: Any = None
+    trace: Trace,
+    x: Value | Tensor,
+    binary: Callable[..., int],
+    side: int,
+    dim: Any = None,
+    keepdim: bool = False,
+    other: Any = None,
 ) -> int | tuple[int, int]:
     other = dim if isinstance(dim, Value | Tensor) else other
     if other is not None:
@@ -265,12 +271,12 @@ def sort(trace: Trace, input: Value, dim: int = -1, descending: bool = False, *,
 
 
 @lowers("topk")
-def topk(
-    trace: Trace, input: Value, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
-) -> tuple[int | tuple[int, ...], int]:
+def topk(trace: Trace, input: Value, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[int, int]:
     """The k largest or smallest entries along a dimension, in order."""
     dim = int(dim) % input.tensor.ndim
     if dim == 0 or not sorted:
         trace.refuse("takes the largest of the samples, or leaves their order open: it is not a function of one sample.")
     node = trace.value(group_sort(trace, input, input.tensor.shape[dim], dim, largest), input.tensor)
-    return rearranged(trace, node, lambda code: code.narrow(dim, 0, k)), UNKNOWN
+    first = rearranged(trace, node, lambda code: code.narrow(dim, 0, k))
+    assert isinstance(first, int)
+    return first, UNKNOWN
