@@ -469,7 +469,7 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
         r"model \(LayerNorm\) divides by the standard deviation of the sample.* = 316\.2, .*where it is at least s"),
     "attention": (nn.TransformerEncoderLayer(4, 2, batch_first=True), (1, 3, 4),
         r"model\.self_attn \(MultiheadAttention\) multiplies"),
-    "maxpool": (nn.MaxPool2d(3, 1), (1, 1, 5, 5), r"\(MaxPool2d\) takes maxima over windows.*overlap.*Use average pooling"),
+    "random pool": (nn.FractionalMaxPool2d(2, 3), (1, 1, 5, 5), r"\(FractionalMaxPool2d\).*draws its windows at random"),
     "threshold": (nn.Threshold(0.0, 1.0), (1, 3), "jumps at its threshold"),
     "hardshrink": (nn.Hardshrink(), (1, 3), "jumps"),
     "softplus": (nn.Softplus(threshold=1.0), (1, 3), "jumps where beta z passes its threshold 1.0"),

@@ -120,9 +120,7 @@ def without_interior(network: Network, query: Query) -> tuple[str, str]:
     known = bounds(task.form, task.domain, query.norm, deadline=time.monotonic() + _BOUNDS_SECONDS)
     regions = region_estimate(task.form, known)
     count = "more than 1e12" if math.isinf(regions) else f"at most {regions:.0f}"
-    size = (
-        f"{network.inputs} inputs, {network.elementwise.neurons} neurons, {len(known.doubtful)} of them in doubt, {count} regions"
-    )
+    size = f"{network.inputs} inputs, {task.form.size} neurons, {len(known.doubtful)} of them in doubt, {count} regions"
     kind = kind_of(query, network.inputs, network.outputs)
     packages = {"gurobi": "gurobipy", "scip": "pyscipopt", "highs": "highspy"}
     installed = [name for name in SOLVERS[kind] if importlib.util.find_spec(packages[name])]

@@ -172,7 +172,8 @@ def _maxima(emitter: _Emitter, source: int, size: int, table: Tensor) -> int:
         distinct, table = distinct[present], inverse.reshape(ordered.shape[:-1]) - shift
         first, second = distinct.unbind(1)
         count = len(distinct)
-        middle = emitter.half(*(emitter.affine(source, Index(places, size)) for places in (first, second)), count)
+        a, b = (emitter.affine(source, Index(places, size)) for places in (first, second))
+        middle = emitter.half(a, b, count)
         differ = (first != second).nonzero()[:, 0]
         if len(differ):
             a, b = (emitter.affine(source, Index(places[differ], size)) for places in (first, second))

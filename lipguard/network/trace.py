@@ -206,12 +206,9 @@ class Trace:
     def _emit(self, node: Node) -> int:
         # max(a, b) and min(a, b), written apart, are two results of one sort: what is selected, joined or sorted twice
         # is one node.
-        if isinstance(node, Sum | Coupled) or (
-            isinstance(node, Affine) and isinstance(node.operator, Index) and node.bias is None
-        ):
-            for i, known in enumerate(self.nodes):
-                if _same(known, node):
-                    return i
+        for i, known in enumerate(self.nodes):
+            if _same(known, node):
+                return i
         self.nodes.append(node)
         return len(self.nodes) - 1
 

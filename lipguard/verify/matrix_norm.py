@@ -15,7 +15,9 @@ _INFLATIONS = (0.0, 1e-13, 1e-12, 1e-11, 1e-10, 1e-8, 1e-6)
 
 
 def times(a: float, b: float) -> float:
-    """Upper bound of a b; nothing rounds where a factor is 0."""
+    """Upper bound of a b; nothing rounds where a factor is 0 or 1."""
+    if a == 1 or b == 1:
+        return b if a == 1 else a
     return 0.0 if a == 0 or b == 0 else up(a * b)
 
 

@@ -58,9 +58,7 @@ def householder(trace: Trace, x: Value, directions: Tensor, dim: int = 1) -> int
     index = _halves(trace, x, dim)
     pairs = x.tensor.shape[dim] // 2
     if directions.shape != (pairs, 2):
-        raise InvalidExample(
-            f"{trace.place} has directions of shape {tuple(directions.shape)}, the example gives {pairs} pairs along dimension {dim}."
-        )
+        raise InvalidExample(f"{trace.place} has directions of shape {tuple(directions.shape)}, the example gives {pairs} pairs.")
     return trace.coupled(x, Reflection(index, directions.to(index.device).repeat(len(index) // pairs, 1)))
 
 
@@ -273,12 +271,12 @@ def sort(trace: Trace, input: Value, dim: int = -1, descending: bool = False, *,
 
 
 @lowers("topk")
-def topk(
-    trace: Trace, input: Value, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
-) -> tuple[int | tuple[int, ...], int]:
+def topk(trace: Trace, input: Value, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[int, int]:
     """The k largest or smallest entries along a dimension, in order."""
     dim = int(dim) % input.tensor.ndim
     if dim == 0 or not sorted:
         trace.refuse("takes the largest of the samples, or leaves their order open: it is not a function of one sample.")
     node = trace.value(group_sort(trace, input, input.tensor.shape[dim], dim, largest), input.tensor)
-    return rearranged(trace, node, lambda code: code.narrow(dim, 0, k)), UNKNOWN
+    first = rearranged(trace, node, lambda code: code.narrow(dim, 0, k))
+    assert isinstance(first, int)
+    return first, UNKNOWN
