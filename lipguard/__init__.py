@@ -16,14 +16,17 @@ __all__ = [
     "Ball",
     "Box",
     "Certificate",
+    "CertifiedAccuracy",
     "CheckpointAuditor",
     "Enclosure",
     "LipschitzMonitor",
     "Network",
     "Query",
+    "Robustness",
     "Tracker",
     "bound",
     "capture",
+    "certify",
     "exact",
     "lowers",
     "verify",
@@ -33,14 +36,17 @@ _HOMES = {
     "Ball": "certificate",
     "Box": "certificate",
     "Certificate": "certificate",
+    "CertifiedAccuracy": "callbacks",
     "CheckpointAuditor": "callbacks",
     "Enclosure": "certificate",
     "LipschitzMonitor": "callbacks",
     "Network": "network",
     "Query": "certificate",
+    "Robustness": "bounds.robustness",
     "Tracker": "bounds.tracker",
     "bound": "bounds",
     "capture": "network.capture",
+    "certify": "bounds.robustness",
     "exact": "exact",
     "lowers": "network.capture",
     "verify": "verify",
@@ -48,8 +54,9 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from lipguard.bounds import bound
+    from lipguard.bounds.robustness import Robustness, certify
     from lipguard.bounds.tracker import Tracker
-    from lipguard.callbacks import CheckpointAuditor, LipschitzMonitor
+    from lipguard.callbacks import CertifiedAccuracy, CheckpointAuditor, LipschitzMonitor
     from lipguard.certificate import Ball, Box, Certificate, Enclosure, Query
     from lipguard.exact import exact
     from lipguard.network import Network

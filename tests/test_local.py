@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -41,7 +42,7 @@ class Residual(nn.Module):
 
 def mlp(activation, sizes=(5, 9, 8, 3)):
     layers: list[nn.Module] = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in itertools.pairwise(sizes):
         layers += [nn.Linear(a, b), activation()]
     return nn.Sequential(*layers[:-1])
 
@@ -149,7 +150,7 @@ def test_a_smaller_ball_has_no_larger_bound(name):
     for center in torch.rand(3, net.inputs, generator=torch.Generator().manual_seed(5), dtype=F64)[:2]:
         radii = [0.8, 0.31, 0.3, 0.1, 0.01]
         values = [c.value for c in lg.bound(net, domain=[lg.Ball(center, r) for r in radii])]
-        for larger, smaller in zip(values, values[1:], strict=False):
+        for larger, smaller in itertools.pairwise(values):
             assert smaller <= larger * SOLVED
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor, nn
 
@@ -22,6 +22,34 @@ LOCAL = ("lipsdp-neuron", "lipsdp-layer", "spectral")
 """Methods that use the slopes on the domain; others bound the constant on all of R^d."""
 
 
+@overload
+def bound(
+    model: nn.Module | Network,
+    example: Tensor | None = ...,
+    *,
+    method: str | None = ...,
+    norm: Norm = ...,
+    domain: Domain | None = ...,
+    solver: str = ...,
+    submodule: str | None = ...,
+    outputs: Tensor | tuple[int, int] | None = ...,
+    tol: float = ...,
+    time_limit: float | None = ...,
+) -> Certificate: ...
+@overload
+def bound(
+    model: nn.Module | Network,
+    example: Tensor | None = ...,
+    *,
+    method: str | None = ...,
+    norm: Norm = ...,
+    domain: Sequence[Domain],
+    solver: str = ...,
+    submodule: str | None = ...,
+    outputs: Tensor | tuple[int, int] | None = ...,
+    tol: float = ...,
+    time_limit: float | None = ...,
+) -> list[Certificate]: ...
 def bound(
     model: nn.Module | Network,
     example: Tensor | None = None,
@@ -34,7 +62,7 @@ def bound(
     outputs: Outputs | None = None,
     tol: float = 1e-7,
     time_limit: float | None = None,
-) -> Any:
+) -> Certificate | list[Certificate]:
     """A verified bound of the Lipschitz constant of `model` over `domain`.
 
     With a domain the methods of this package bound the local constant: the ranges of all pre-activations on the domain
@@ -97,10 +125,13 @@ def _domains(domain: Domain | Sequence[Domain] | None, size: int) -> tuple[list[
     for i, one in enumerate(domains):
         if not isinstance(one, Box | Ball):
             raise InvalidDomain(f"domain {i} is {type(one).__name__}; a lipguard.Box or lipguard.Ball is needed.")
+        if not several:
+            one.bounds(size)
+            continue
         try:
             one.bounds(size)
         except InvalidDomain as error:
-            raise InvalidDomain(f"domain {i}: {error}") from error if several else error
+            raise InvalidDomain(f"domain {i}: {error}") from error
     return domains, several
 
 

@@ -7,6 +7,7 @@ similar size together; few large ones, a chosen solver, or one multiplier a laye
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -18,13 +19,13 @@ from torch import Tensor
 from lipguard.bounds.lipsdp import LipSDP, lipsdp
 from lipguard.bounds.semidefinite import LARGEST_DENSE, Semidefinite, check_query, propose
 from lipguard.certificate import Certificate, Domain, LocalMultipliers, Query, Slopes
-from lipguard.errors import SolverFailed, UnsupportedQuery
+from lipguard.errors import SolverFailed
 from lipguard.network import Feedback, Network
 from lipguard.solvers import batched
 from lipguard.verify import verify_local
 from lipguard.verify.localized import Localized, chunk_size, localize
 
-_BATCHED = 400
+BATCHED = 400
 """Order of a program up to which the batched method is used: beyond, the structured one is faster, one by one."""
 
 _ENTRIES = 4_000_000
@@ -73,14 +74,12 @@ class Local:
         return [replace(certificate, seconds=seconds) for certificate in found if certificate is not None]
 
     def _proposals(self, network: Network, bare: list[Certificate], deadline: float) -> tuple[list[Certificate], float]:
-        """Certificates with multipliers where a solver found some, and the widest slopes on a domain as a share of those on R^d."""
+        """Certificates with multipliers where a solver found some, and the widest slopes as a share of those on R^d."""
         n = network.neurons
         result, share = list(bare), 0.0
         if n * (n + network.inputs) > _LARGEST:
-            raise UnsupportedQuery(
-                f"{self.name} on a domain: {n} neurons and {network.inputs} inputs make matrices of "
-                f"{8e-9 * n * (n + network.inputs):.0f} GB. Use method='spectral', or bound a submodule."
-            )
+            note = f"{n} neurons and {network.inputs} inputs are too many for the local program"
+            return [replace(one, note=note) for one in bare], 1.0
         step = chunk_size(network)
         alpha, beta = network.slopes()
         everywhere = float((beta - alpha).sum())
@@ -97,7 +96,7 @@ class Local:
 
     def _solve(self, maps: Localized, network: Network, deadline: float) -> tuple[Tensor, Tensor, list[str]]:
         order = maps.index.shape[1] + min(maps.y.shape[1], network.inputs)
-        if self.solver == "auto" and self.name == "lipsdp-neuron" and order <= _BATCHED:
+        if self.solver == "auto" and self.name == "lipsdp-neuron" and order <= BATCHED:
             t, rho = solve(maps, tol=self.tol, deadline=deadline)
             return t, rho, [""] * len(t)
         t, rho = torch.ones_like(maps.index, dtype=torch.float64), maps.y.new_zeros(len(maps.y))
@@ -133,11 +132,14 @@ class Local:
     ) -> list[Certificate | None]:
         """The bounds, with another in the place of those that are not proved or exceed the one on all of R^d."""
         missing = [i for i, certificate in enumerate(found) if certificate is None]
+        for i, certificate in enumerate(found):
+            if certificate is not None and isinstance(certificate.evidence, Slopes):
+                found[i] = replace(certificate, method="spectral")
         others = verify_local(network, [replace(proposed[i], evidence=Slopes(), method="spectral") for i in missing])
         for i, other in zip(missing, others, strict=True):
             if other is not None:
-                note = f"the multipliers are not provable; the bound by slopes alone, {other.value:.6g}, stands"
-                found[i] = replace(other, note="; ".join(filter(None, (proposed[i].note, note))))
+                reason = proposed[i].note or "the multipliers are not provable"
+                found[i] = replace(other, note=f"{reason}; the bound by slopes alone, {other.value:.6g}, stands")
         if share >= _MOSTLY_FREE or any(certificate is None for certificate in found):
             method = Semidefinite(self.name == "lipsdp-layer", self.solver, self.tol, self.time_limit)
             overall, _ = method(network, replace(query, domain=None))
@@ -213,7 +215,7 @@ def _program(maps: Localized, tied: bool) -> LipSDP:
     columns = torch.cat([width, width.new_ones(maps.q.shape[2] - f)])
     q, y = maps.q[0] / columns, maps.y[0] / columns
     ends = [0, *torch.tensor(sizes).cumsum(0).tolist()]
-    places = [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    places = [slice(a, b) for a, b in itertools.pairwise(ends)]
 
     def blocks(rows: Tensor, until: int) -> dict[int, Tensor]:
         found = {-1: rows[:, f:]} if bool(rows[:, f:].any()) else {}

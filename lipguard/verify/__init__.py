@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 from lipguard.certificate import (
     Certificate,
-    Domain,
     Factors,
     LocalMultipliers,
     Magnitudes,

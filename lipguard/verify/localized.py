@@ -56,7 +56,7 @@ class Localized:
         q, q_mass = (v[which][:, :width][:, :, columns] for v in (self.q, self.q_mass))
         y, y_mass = (v[which][:, :, columns] for v in (self.y, self.y_mass))
         more = [v[which][:, :width] for v in (self.width, self.layers)]
-        return Localized(rows[0], rows[1], q, q_mass, y, y_mass, *more, self.error)
+        return Localized(rows[0], rows[1], q, q_mass, y, y_mass, more[0], more[1], self.error)
 
     def functionals(self, rows: Tensor) -> Localized:
         """The maps followed by rows (K, k, m) of their outputs."""

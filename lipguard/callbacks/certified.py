@@ -1,0 +1,191 @@
+"""CertifiedAccuracy: the share of validation samples whose class is proved on a ball around them, logged beside the loss."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lipguard.bounds.robustness import Method, certify
+from lipguard.callbacks.base import Callback
+from lipguard.certificate import Box
+from lipguard.errors import InvalidDomain, InvalidExample, UnknownName, UnsupportedQuery
+from lipguard.network.capture import capture
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["CertifiedAccuracy"]
+
+_LOGGER = logging.getLogger("lipguard.callbacks")
+
+_CHUNK = 16
+"""Samples between two looks at the clock."""
+
+
+class CertifiedAccuracy(Callback):
+    """Logs the certified accuracy on the validation set: correct samples that keep their class on a whole 2-norm ball.
+
+    Logged at the end of validation: `{prefix}/certified_accuracy@{eps}` for each radius, a lower bound of the accuracy under
+    every attack of that size on the samples treated; `{prefix}/certified_samples`, their number; and
+    `{prefix}/certified_seconds`. The samples are the first of the validation set; where the time ends before they do, the
+    share is that of the samples done, and the log says so. With several processes each certifies its own samples.
+
+    The weights, the modes and the state of every random generator are left as they were. A failure is warned of once.
+
+    Args:
+        eps: radius, or several, in the units of the network's input.
+        method: as for `lipguard.certify`: "local", "global" or "spectral".
+        box: the inputs there are, [0, 1] for images.
+        every_n_epochs: certify in the validation of every n-th epoch.
+        max_samples: samples at most, of each process.
+        seconds: time budget of one validation.
+        submodule: dotted name of the part that maps samples to logits; None for the module's `forward`.
+        select: from a batch to (samples, labels); None takes the first two tensors of a sequence.
+        prefix: first part of the names logged.
+        on_failure: "warn" (once), "ignore" or "raise".
+
+    Example::
+
+        trainer = Trainer(callbacks=[CertifiedAccuracy(eps=(0.1, 0.25), box=lg.Box(0.0, 1.0))])
+    """
+
+    def __init__(
+        self,
+        eps: float | Sequence[float] = 0.1,
+        method: Method = "local",
+        box: Box | None = None,
+        every_n_epochs: int = 1,
+        max_samples: int = 256,
+        seconds: float = 10.0,
+        submodule: str | None = None,
+        select: Callable[[Any], tuple[Tensor, Tensor]] | None = None,
+        prefix: str = "lipschitz",
+        on_failure: Literal["warn", "raise", "ignore"] = "warn",
+    ) -> None:
+        super().__init__()
+        self.eps = tuple(sorted(eps)) if isinstance(eps, Sequence) else (eps,)
+        if not self.eps or not all(0 < one < math.inf for one in self.eps):
+            raise InvalidDomain(f"CertifiedAccuracy: eps={eps!r} must be a positive radius, or several.")
+        if method not in get_args(Method):
+            raise UnknownName(f"CertifiedAccuracy: method={method!r}; there are {', '.join(get_args(Method))}.")
+        if every_n_epochs < 1 or max_samples < 1 or not seconds > 0:
+            raise UnsupportedQuery("CertifiedAccuracy: every_n_epochs and max_samples must be at least 1, seconds positive.")
+        if on_failure not in ("warn", "raise", "ignore"):
+            raise UnsupportedQuery(f"CertifiedAccuracy: on_failure={on_failure!r} must be 'warn', 'raise' or 'ignore'.")
+        self.method: Method = method
+        self.box, self.every_n_epochs, self.max_samples, self.seconds = box, every_n_epochs, max_samples, seconds
+        self.submodule, self.select, self.prefix, self.on_failure = submodule, select, prefix, on_failure
+        self._samples: list[tuple[Tensor, Tensor]] = []
+        self._warned = False
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets the samples of an earlier validation."""
+        self._samples = []
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keeps the first samples of the first validation set."""
+        missing = self.max_samples - sum(len(x) for x, _ in self._samples)
+        if missing <= 0 or dataloader_idx != 0 or not self._due(trainer):
+            return
+        try:
+            x, y = (_first_two if self.select is None else self.select)(batch)
+            self._samples.append((x[:missing].detach().clone(), y[:missing].detach().clone()))
+        except Exception as error:
+            self._fail(error)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Certifies the samples kept and logs the shares."""
+        if not self._due(trainer):
+            return
+        samples, self._samples = self._samples, []
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                values, count = self._certified(pl_module, samples)
+        except Exception as error:  # a training of days must survive any trouble of its gauge
+            self._fail(error)
+            values, count = {}, 0
+        if trainer.world_size > 1:
+            # Every process must log the same names: where one has nothing to log, none has.
+            least = trainer.strategy.reduce(torch.tensor(float(count), device=pl_module.device), reduce_op="min")
+            values = values if float(least) > 0 else {}
+        for name, value in values.items():
+            pl_module.log(
+                f"{self.prefix}/{name}", value, on_epoch=True, sync_dist=trainer.world_size > 1, batch_size=max(1, count)
+            )
+
+    def _due(self, trainer: Trainer) -> bool:
+        if trainer.sanity_checking or trainer.barebones:
+            return False
+        return trainer.state.fn != "fit" or (trainer.current_epoch + 1) % self.every_n_epochs == 0
+
+    def _certified(self, pl_module: LightningModule, samples: list[tuple[Tensor, Tensor]]) -> tuple[dict[str, float], int]:
+        """Values to log, and over how many samples."""
+        if not samples:
+            return {}, 0
+        began = time.perf_counter()
+        x, y = (torch.cat([part.clone() for part in column]) for column in zip(*samples, strict=True))
+        network = capture(pl_module, x[:1], submodule=self.submodule)
+        step = _CHUNK if self.method == "local" else len(x)
+        held, done = dict.fromkeys(self.eps, 0), 0
+        for start in range(0, len(x), step):
+            remaining = self.seconds - (time.perf_counter() - began)
+            if remaining <= 0:
+                break
+            part = slice(start, start + step)
+            found = self._chunk(network, x[part], y[part], remaining)
+            if found is None:
+                break
+            done += len(x[part])
+            for eps, count in found.items():
+                held[eps] += count
+        if not done:
+            raise TimeoutError(f"no sample could be certified in {self.seconds:g} s; raise `seconds` or take method='spectral'.")
+        if done < len(x):
+            _LOGGER.info("certified accuracy: the time of %g s sufficed for %d of %d samples", self.seconds, done, len(x))
+        values = {f"certified_accuracy@{eps:g}": count / done for eps, count in held.items()}
+        return values | {"certified_samples": float(done), "certified_seconds": time.perf_counter() - began}, done
+
+    def _chunk(self, network: Any, x: Tensor, y: Tensor, remaining: float) -> dict[float, int] | None:
+        """How many samples are certified at each radius; None where the time ended in between."""
+        deadline = time.perf_counter() + remaining
+        if self.method != "local":
+            result = certify(network, x, y, self.eps[0], method=self.method, time_limit=remaining)
+            return {eps: int((result.radius >= eps).sum()) for eps in self.eps}
+        held: dict[float, int] = {}
+        left = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        for eps in self.eps:  # from the smallest: what fails at one radius fails at every larger one
+            held[eps] = 0
+            if not bool(left.any()):
+                continue
+            limit = deadline - time.perf_counter()
+            result = certify(network, x[left], y[left], eps, box=self.box, radii=False, time_limit=max(limit, 0.0))
+            if not bool(result.complete.all()):
+                return None
+            left[left.clone()] = result.certified.to(left.device)
+            held[eps] = int(left.sum())
+        return held
+
+    def _fail(self, error: Exception) -> None:
+        if self.on_failure == "raise":
+            raise error
+        if self.on_failure == "warn" and not self._warned:
+            self._warned = True
+            warnings.warn(f"CertifiedAccuracy logged nothing: {type(error).__name__}: {error} Training goes on.", stacklevel=3)
+
+
+def _first_two(batch: Any) -> tuple[Tensor, Tensor]:
+    tensors = [part for part in batch if isinstance(part, Tensor)] if isinstance(batch, (tuple, list)) else []
+    if len(tensors) < 2:
+        raise InvalidExample(
+            f"a validation batch of type {type(batch).__name__} is no pair (samples, labels). Give CertifiedAccuracy(select=...)."
+        )
+    return tensors[0], tensors[1]
