@@ -55,7 +55,7 @@ def _tangent(network: Network, point: Tensor, direction: Tensor) -> _Ball:
             case Activation():
                 (z, e), (v, d) = values[node.source], tangents[node.source]
                 # z +- e rounds; one more unit on e covers it.
-                e = e * (1 + 4 * UNIT) + z.abs() * (2 * UNIT) + TINY * (e > 0)
+                e = e * (1 + 4 * UNIT) + z.abs() * (2 * UNIT) + TINY * (e > 0).to(z)
                 low, high = node.function.slope_range(z - e, z + e)
                 alpha, beta = node.function.slopes
                 steepest = torch.maximum(alpha.abs(), beta.abs())
@@ -66,7 +66,7 @@ def _tangent(network: Network, point: Tensor, direction: Tensor) -> _Ball:
                 exact = low == high
                 spread = torch.where(exact, torch.zeros_like(spread), spread)
                 mid = torch.where(exact, low, mid)
-                error = mid.abs() * d + spread * (v.abs() + d) + 2 * UNIT * (mid * v).abs() + TINY * (v != 0)
+                error = mid.abs() * d + spread * (v.abs() + d) + 2 * UNIT * (mid * v).abs() + TINY * (v != 0).to(v)
                 tangents.append((mid * v, error * (1 + 8 * UNIT)))
             case Sum():
                 values.append(_sum([values[s] for s in node.sources]))
@@ -82,7 +82,7 @@ def _affine(operator: Operator, ball: _Ball, bias: Tensor | None) -> _Ball:
     if bias is not None:
         y, mass = y + bias, mass + bias.abs()
     k = _longest_sum(operator) + 4
-    return y, (magnitude(radius) + gamma(k) * mass) * (1 + 4 * gamma(k)) + k * TINY * (mass > 0)
+    return y, (magnitude(radius) + gamma(k) * mass) * (1 + 4 * gamma(k)) + k * TINY * (mass > 0).to(mass)
 
 
 def _longest_sum(operator: Operator) -> int:
