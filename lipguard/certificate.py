@@ -35,13 +35,14 @@ def norm_pair(norm: Norm | str) -> tuple[float, float]:
     return values[0], values[1]
 
 
-def _float64(value: float | Sequence[float] | Tensor) -> Tensor:
+def _on_cpu(value: float | Sequence[float] | Tensor) -> Tensor:
     """The numbers on the CPU in float64; those of Python and NumPy as they are, never by way of torch's default float32."""
-    return value.detach().to("cpu", torch.float64) if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+    given = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64, device="cpu")
+    return given.detach().to("cpu", torch.float64)
 
 
 def _vector(value: float | Sequence[float] | Tensor, size: int, what: str) -> Tensor:
-    tensor = _float64(value).flatten()
+    tensor = _on_cpu(value).flatten()
     if tensor.numel() not in (1, size):
         raise InvalidDomain(
             f"{what} has {tensor.numel()} entries, the network has {size} inputs. Give one per input, or a number."
@@ -100,7 +101,7 @@ class Box:
     def sample(self, count: int, size: int, generator: torch.Generator) -> Tensor:
         """`count` uniform points, shape (count, size), float64."""
         lower, upper = self.bounds(size)
-        return lower + (upper - lower) * torch.rand(count, size, generator=generator, dtype=torch.float64)
+        return lower + (upper - lower) * torch.rand(count, size, generator=generator, dtype=torch.float64, device="cpu")
 
     def json(self) -> dict[str, object]:
         """A JSON value from which `domain_from_json` restores the box."""
@@ -151,7 +152,7 @@ class Ball:
         center = self.checked_center(size)
         if self.radius == 0:
             return center, center.clone()
-        inf = torch.tensor(math.inf, dtype=torch.float64)
+        inf = torch.tensor(math.inf, dtype=torch.float64, device="cpu")
         lower, upper = torch.nextafter(center - self.radius, -inf), torch.nextafter(center + self.radius, inf)
         if self.box is None:
             return lower, upper
@@ -187,12 +188,12 @@ class Ball:
     def sample(self, count: int, size: int, generator: torch.Generator) -> Tensor:
         """`count` points of the ball, shape (count, size), float64: random directions, radii uniform in volume."""
         center = self.checked_center(size)
-        step = torch.randn(count, size, generator=generator, dtype=torch.float64)
+        step = torch.randn(count, size, generator=generator, dtype=torch.float64, device="cpu")
         if float(self.norm) == math.inf:
-            step = 2 * torch.rand(count, size, generator=generator, dtype=torch.float64) - 1
+            step = 2 * torch.rand(count, size, generator=generator, dtype=torch.float64, device="cpu") - 1
         else:
             step = step / torch.linalg.vector_norm(step, float(self.norm), dim=-1, keepdim=True)
-            step = step * torch.rand(count, 1, generator=generator, dtype=torch.float64) ** (1.0 / size)
+            step = step * torch.rand(count, 1, generator=generator, dtype=torch.float64, device="cpu") ** (1.0 / size)
         return self.project(center + self.radius * step)
 
     def json(self) -> dict[str, object]:
@@ -213,7 +214,7 @@ def _rows(value: float | Sequence[float] | Tensor, size: int) -> list[Tensor] | 
 
 
 def _plain(value: float | Sequence[float] | Tensor) -> object:
-    tensor = _float64(value)
+    tensor = _on_cpu(value)
     return tensor.flatten().tolist() if tensor.ndim else tensor.item()
 
 

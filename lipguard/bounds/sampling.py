@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,15 +78,17 @@ class Sampling:
         return certificate, Points(x[order], directions[order])
 
     def _start(self, network: Network, domain: Domain | None, state: Points | None, starts: int) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(self.seed)
+        # Drawn on the CPU, so that every device starts from the same points.
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        options: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
         d = network.inputs
         if domain is not None:
             x = domain.sample(starts, d, generator)
         else:
             # All of R^d: scales from 1/10 to 100, since biases decide where the regions lie.
-            scales = torch.logspace(-1, 2, starts, dtype=torch.float64)[:, None]
-            x = torch.randn(starts, d, generator=generator, dtype=torch.float64) * scales
-        v = torch.randn(starts, d, generator=generator, dtype=torch.float64)
+            scales = torch.logspace(-1, 2, starts, **options)[:, None]
+            x = torch.randn(starts, d, generator=generator, **options) * scales
+        v = torch.randn(starts, d, generator=generator, **options)
         if state is not None and state.inputs.shape[1] == d:
             keep = min(len(state.inputs), max(1, starts // 2))
             x[:keep], v[:keep] = state.inputs[:keep], state.directions[:keep]
@@ -299,7 +302,7 @@ def _jacobian_norms(network: Network, x: Tensor, v: Tensor, norm: tuple[float, f
     # q = inf: the largest dual norm of a row.
     dual = 1.0 if p == math.inf else 2.0
     value, row = torch.linalg.vector_norm(rows, dual, dim=2).max(1)
-    chosen = rows[torch.arange(len(x)), row]
+    chosen = rows[torch.arange(len(x), device=x.device), row]
     direction = torch.where(chosen >= 0, 1.0, -1.0) if p == math.inf else chosen
     alive = direction.abs().amax(1, keepdim=True) > 0
     return value, torch.where(alive, direction.to(torch.float64), v)

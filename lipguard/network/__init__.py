@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -131,7 +131,7 @@ class Feedback:
     @cached_property
     def slices(self) -> tuple[slice, ...]:
         """Place of each activation node's neurons among all neurons."""
-        ends = torch.tensor((0, *self.sizes)).cumsum(0).tolist()
+        ends = (0, *accumulate(self.sizes))
         return tuple(slice(a, b) for a, b in pairwise(ends))
 
     def dense(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -57,7 +57,7 @@ class PiecewiseLinear(Elementwise):
         self.rounded = rounded
         self.breaks = breaks
         self.pieces = pieces
-        self.value = torch.as_tensor(value, dtype=torch.float64)
+        self.value = torch.as_tensor(value, dtype=torch.float64, device=breaks.device)
 
     def __call__(self, z: Tensor) -> Tensor:
         """phi(z), by the piece that z lies on; at a break point autograd gives the slope of the piece on its left."""
@@ -110,12 +110,12 @@ class PiecewiseLinear(Elementwise):
 
 def relu() -> PiecewiseLinear:
     """max(z, 0): slopes 0 and 1."""
-    return PiecewiseLinear("relu", torch.zeros(1, dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64))
+    return PiecewiseLinear("relu", _numbers(0.0), _numbers(0.0, 1.0))
 
 
 def leaky_relu(slope: float | Tensor, name: str = "leaky-relu") -> PiecewiseLinear:
     """z for z > 0, slope z below: slopes `slope` and 1; one slope, or one per entry (PReLU), of any sign and size."""
-    left = torch.as_tensor(slope, dtype=torch.float64)
+    left = _number(slope)
     return PiecewiseLinear(name, _numbers(0.0, like=left), torch.stack([left, torch.ones_like(left)]))
 
 
@@ -125,7 +125,7 @@ def clip(lower: float | Tensor | None = None, upper: float | Tensor | None = Non
     With lower > upper torch.clamp is the constant `upper`; both break points are then put there, with slope 0 between
     and on both sides.
     """
-    ends = [torch.as_tensor(end, dtype=torch.float64) for end in (lower, upper) if end is not None]
+    ends = [_number(end) for end in (lower, upper) if end is not None]
     if len(ends) == 2:
         low, high = torch.broadcast_tensors(*ends)
         crossed = low > high
@@ -155,4 +155,8 @@ def softshrink(threshold: float) -> PiecewiseLinear:
 
 
 def _numbers(*values: float, like: Tensor | None = None) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=None if like is None else like.device)
+    return torch.tensor(values, dtype=torch.float64, device="cpu" if like is None else like.device)
+
+
+def _number(value: float | Tensor) -> Tensor:
+    return value.to(torch.float64) if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")

@@ -85,7 +85,7 @@ def _capture(model: nn.Module, example: Tensor, submodule: str | None, live: boo
         if submodule:
             part, root = _find(model, submodule), f"model.{submodule}"
             sample = _arriving(model, part, sample, example)
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         network = _trace(part, torch.cat([sample, _perturbed(sample, generator)]), live, root, which)
         _compare(network, part, torch.cat([sample, _perturbed(sample, generator)]), root, which)
     return network
@@ -245,7 +245,7 @@ def _rows(model: nn.Module, example: Tensor) -> Tensor:
 
 
 def _perturbed(row: Tensor, generator: torch.Generator) -> Tensor:
-    noise = torch.randn(row.shape, generator=generator, dtype=torch.float64)
+    noise = torch.randn(row.shape, generator=generator, dtype=torch.float64, device="cpu")
     return row + (noise * max(float(row.abs().max()), 1.0)).to(row)
 
 

@@ -76,7 +76,7 @@ def select(network: Network, functional: Functional) -> Network:
     i, j = functional
     if not (0 <= i < m and 0 <= j < m and i != j):
         raise UnsupportedQuery(f"outputs = ({i}, {j}); two different classes from 0 to {m - 1} are needed.")
-    row = torch.zeros(1, m, dtype=torch.float64)
+    row = torch.zeros(1, m, dtype=torch.float64, device=network.device)
     row[0, i], row[0, j] = 1.0, -1.0
     return network.with_outputs(row)
 

@@ -78,8 +78,7 @@ class Smooth(Elementwise):
     @property
     def slopes(self) -> tuple[Tensor, Tensor]:
         """(alpha, beta) on all of R, 0-d, rounded outward."""
-        low, high = self.bounds
-        return torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)
+        return tuple(torch.tensor(end, dtype=torch.float64, device="cpu") for end in self.bounds)  # type: ignore[return-value]
 
     def slope_range(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """Range of phi' on [lower, upper]: both ends, and the critical points inside."""
@@ -94,7 +93,7 @@ class Smooth(Elementwise):
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The parameters."""
-        return (torch.tensor(self.parameters, dtype=torch.float64),)
+        return (torch.tensor(self.parameters, dtype=torch.float64, device="cpu"),)
 
 
 def tanh() -> Smooth:

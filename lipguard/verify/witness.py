@@ -7,6 +7,7 @@ the bound stays valid beside a kink.
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -14,12 +15,15 @@ from torch import Tensor
 
 from lipguard.certificate import Domain, Witness
 from lipguard.errors import NotCertified
-from lipguard.network import Activation, Affine, Conv, Coupled, Implicit, Input, Network, Operator, Sum
-from lipguard.rounding import TINY, UNIT, down, gamma, sum_up, up
+from lipguard.network import Activation, Affine, Conv, Coupled, Diagonal, Implicit, Index, Input, Network, Operator, Sum
+from lipguard.rounding import TINY, UNIT, down, gamma, sqrt_up, sum_up, up
+from lipguard.verify.convolution import kernel_bound
 from lipguard.verify.coupled_tangent import coupled_tangent
 from lipguard.verify.implicit import enclose
+from lipguard.verify.matrix_norm import frobenius_bound, largest_row_sum, prove_matrix_norm, times
 
-_Ball = tuple[Tensor, Tensor]
+_Ball = tuple[Tensor, Tensor, float]
+"""Centre, entrywise radius of its error, and a bound of the error's length in the 2-norm (inf: not followed)."""
 
 
 def check_witness(network: Network, evidence: Witness, norm: tuple[float, float], domain: Domain | None) -> float:
@@ -36,62 +40,120 @@ def check_witness(network: Network, evidence: Witness, norm: tuple[float, float]
         raise NotCertified("the witness is not finite, or its direction is zero.")
     if domain is not None and not domain.contains(point.cpu()):
         raise NotCertified("the witness lies outside the domain.")
-    center, radius = _tangent(network, point, direction)
-    magnitude = (center.abs() * (1 - 2 * UNIT) - radius).clamp_min(0)
-    return max(0.0, down(_norm_down(magnitude, q) / _norm_up(direction.abs(), p), 2))
+    center, radius, _ = _tangent(network, point, direction, None)
+    found = _from_below(center, radius, q)
+    if (p, q) == (2.0, 2.0) and found < _KEPT * _norm_down(center.abs(), 2.0):
+        # Through many layers the entrywise radii grow like products of |W|: lengths of the errors grow like norms only.
+        norms = {i: _norm_bound(n.operator) for i, n in enumerate(network.nodes) if isinstance(n, Affine)}
+        center, radius, length = _tangent(network, point, direction, norms)
+        found = max(found, _from_below(center, radius, q), down(_norm_down(center.abs(), 2.0) - length, 2))
+    return max(0.0, down(found / _norm_up(direction.abs(), p), 2))
 
 
-def _tangent(network: Network, point: Tensor, direction: Tensor) -> _Ball:
-    """Enclosure of J(point) direction."""
+_LARGEST_PROVED = 1024
+"""Rows or columns up to which a matrix's norm is proved; beyond, row and column sums and the Frobenius norm bound it."""
+
+_KEPT = 1 - 1e-6
+"""Share of the floating-point value that entrywise radii must leave; else the lengths of the errors are followed as well."""
+
+
+def _from_below(center: Tensor, radius: Tensor, q: float) -> float:
+    return _norm_down((center.abs() * (1 - 2 * UNIT) - radius).clamp_min(0), q)
+
+
+def _tangent(network: Network, point: Tensor, direction: Tensor, norms: dict[int, float] | None) -> _Ball:
+    """Enclosure of J(point) direction; with bounds of the affine nodes' norms, lengths of errors are followed as well."""
     zero = torch.zeros_like(point)
     values: list[_Ball] = []
     tangents: list[_Ball] = []
-    for node in network.nodes:
+    for i, node in enumerate(network.nodes):
         match node:
             case Input():
-                values.append((point, zero))
-                tangents.append((direction, zero))
+                values.append((point, zero, 0.0))
+                tangents.append((direction, zero, 0.0))
             case Affine():
-                values.append(_affine(node.operator, values[node.source], node.bias))
-                tangents.append(_affine(node.operator, tangents[node.source], None))
+                norm = None if norms is None else norms[i]
+                values.append(_affine(node.operator, values[node.source], node.bias, norm))
+                tangents.append(_affine(node.operator, tangents[node.source], None, norm))
             case Activation():
-                (z, e), (v, d) = values[node.source], tangents[node.source]
+                (z, e, length), (v, d, along) = values[node.source], tangents[node.source]
                 # z +- e rounds; one more unit on e covers it.
-                e = e * (1 + 4 * UNIT) + z.abs() * (2 * UNIT) + TINY * (e > 0)
+                e = e * (1 + 4 * UNIT) + z.abs() * (2 * UNIT) + TINY * (e > 0).to(z)
                 low, high = node.function.slope_range(z - e, z + e)
                 alpha, beta = node.function.slopes
                 steepest = torch.maximum(alpha.abs(), beta.abs())
-                y = node.function(z)
-                values.append((y, (steepest * e + node.function.rounding(z)) * (1 + 8 * UNIT)))
+                y, rounding = node.function(z), node.function.rounding(z)
+                length = _length(length, float(steepest.max()), rounding * (1 + 8 * UNIT))
+                values.append(_shorter(y, (steepest * e + rounding) * (1 + 8 * UNIT), length))
                 mid = (low + high) / 2
                 spread = (high - mid).maximum(mid - low) * (1 + 2 * UNIT)
                 exact = low == high
                 spread = torch.where(exact, torch.zeros_like(spread), spread)
                 mid = torch.where(exact, low, mid)
-                error = mid.abs() * d + spread * (v.abs() + d) + 2 * UNIT * (mid * v).abs() + TINY * (v != 0)
-                tangents.append((mid * v, error * (1 + 8 * UNIT)))
+                own = spread * v.abs() + 2 * UNIT * (mid * v).abs() + TINY * (v != 0).to(v)
+                along = _length(along, float(((mid.abs() + spread) * (1 + 4 * UNIT)).max()), own * (1 + 8 * UNIT))
+                tangents.append(_shorter(mid * v, (mid.abs() * d + spread * d + own) * (1 + 8 * UNIT), along))
             case Implicit():
-                for kept, ball in zip((values, tangents), enclose(node, values[node.source], tangents[node.source]), strict=True):
-                    kept.append(ball)
+                pair = enclose(node, values[node.source][:2], tangents[node.source][:2])
+                for kept, ball in zip((values, tangents), pair, strict=True):
+                    kept.append(_entrywise(*ball, norms is not None))
             case Sum():
                 values.append(_sum([values[s] for s in node.sources]))
                 tangents.append(_sum([tangents[s] for s in node.sources]))
             case Coupled():
-                value, tangent = coupled_tangent(node.function, values[node.source], tangents[node.source])
-                values.append(value)
-                tangents.append(tangent)
+                pair = coupled_tangent(node.function, values[node.source][:2], tangents[node.source][:2])
+                for kept, ball in zip((values, tangents), pair, strict=True):
+                    kept.append(_entrywise(*ball, norms is not None))
     return tangents[-1]
 
 
-def _affine(operator: Operator, ball: _Ball, bias: Tensor | None) -> _Ball:
-    center, radius = ball
+def _affine(operator: Operator, ball: _Ball, bias: Tensor | None, norm: float | None) -> _Ball:
+    center, radius, length = ball
     y = operator(center)
     magnitude = operator.abs()
     mass = magnitude(center.abs())
     if bias is not None:
         y, mass = y + bias, mass + bias.abs()
     k = _longest_sum(operator) + 4
-    return y, (magnitude(radius) + gamma(k) * mass) * (1 + 4 * gamma(k)) + k * TINY * (mass > 0)
+    own = (gamma(k) * mass) * (1 + 4 * gamma(k)) + k * TINY * (mass > 0).to(mass)
+    length = math.inf if norm is None else _length(length, norm, own)
+    return _shorter(y, magnitude(radius) * (1 + 4 * gamma(k)) + own, length)
+
+
+def _length(length: float, norm: float, own: Tensor) -> float:
+    """Upper bound of norm * length + ||own||_2: the error that comes in, and the rounding that is added; inf if not followed."""
+    if not (math.isfinite(length) and math.isfinite(norm)):
+        return math.inf
+    return up(up(norm * length) + (_norm_up(own, 2.0) if bool(own.any()) else 0.0), 2) if norm or length else _norm_up(own, 2.0)
+
+
+def _shorter(center: Tensor, radius: Tensor, length: float) -> _Ball:
+    """The ball of these entrywise radii and this length of the error: each entry is at most the length, both are kept."""
+    if math.isfinite(length):
+        radius = radius.clamp_max(up(length))
+    return center, radius, length
+
+
+def _entrywise(center: Tensor, radius: Tensor, followed: bool) -> _Ball:
+    """The ball of these entrywise radii: its error is no longer than they are."""
+    return center, radius, _norm_up(radius, 2.0) if followed and bool(radius.any()) else 0.0 if followed else math.inf
+
+
+def _norm_bound(operator: Operator) -> float:
+    """An upper bound of a norm from 2 to 2, as tight as a second or so allows."""
+    if isinstance(operator, Conv):
+        return kernel_bound(operator)
+    if isinstance(operator, Index):
+        return sqrt_up(float(operator.repeats()))
+    if isinstance(operator, Diagonal):
+        return float(operator.scale.abs().max())
+    if min(operator.shape) <= _LARGEST_PROVED:
+        matrix = operator.dense()
+        with contextlib.suppress(NotCertified):
+            return prove_matrix_norm(matrix, float(torch.linalg.matrix_norm(matrix, 2)), "a layer")
+    magnitude = operator.abs()
+    sums = sqrt_up(times(largest_row_sum(magnitude), largest_row_sum(magnitude.transpose())))
+    return min(sums, frobenius_bound(operator.dense()))
 
 
 def _longest_sum(operator: Operator) -> int:
@@ -103,11 +165,15 @@ def _longest_sum(operator: Operator) -> int:
 
 
 def _sum(balls: list[_Ball]) -> _Ball:
-    center = torch.stack([c for c, _ in balls]).sum(0)
-    mass = torch.stack([c.abs() for c, _ in balls]).sum(0)
-    radius = torch.stack([r for _, r in balls]).sum(0)
+    center = torch.stack([c for c, _, _ in balls]).sum(0)
+    mass = torch.stack([c.abs() for c, _, _ in balls]).sum(0)
+    radius = torch.stack([r for _, r, _ in balls]).sum(0)
     error = gamma(len(balls) + 2)
-    return center, (radius + error * mass) * (1 + 4 * error)
+    own = error * mass * (1 + 4 * error)
+    length = 0.0
+    for _, _, part in balls:
+        length = up(length + part)
+    return _shorter(center, radius * (1 + 4 * error) + own, _length(length, 1.0, own))
 
 
 def _norm_up(x: Tensor, p: float) -> float:

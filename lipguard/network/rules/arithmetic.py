@@ -69,7 +69,7 @@ def div(trace: Trace, input: Operand, other: Operand, *, rounding_mode: str | No
         return rdiv(trace, input, other)
     if isinstance(other, Tensor):
         return scaled(trace, input, 1 / trace.constant(other, "divisor"))
-    return scaled(trace, input, torch.tensor(1 / other if other else torch.inf, dtype=torch.float64))
+    return scaled(trace, input, 1 / other if other else torch.inf)
 
 
 @lowers("rdiv", "reciprocal")

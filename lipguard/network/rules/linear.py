@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from lipguard.errors import InvalidExample
-from lipguard.network import activations, smooth
-from lipguard.network.activations import Elementwise
+from lipguard.network import smooth
 from lipguard.network.operators import Conv, Dense
 from lipguard.network.rules import lowers
+from lipguard.network.rules.activation import relu
 from lipguard.network.rules.arithmetic import PRODUCT, add, scaled
 from lipguard.network.rules.rearrange import rearranged
 from lipguard.network.trace import Trace, Value
@@ -172,7 +172,7 @@ def _along(trace: Trace, x: Value, dim: int, function: Callable[[Tensor], Tensor
     return einsum(trace, f"yz,{names.replace(names[dim], 'z')}->{names.replace(names[dim], 'y')}", matrix, x)
 
 
-def _register_cell(name: str, function: Callable[[], Elementwise]) -> None:
+def _register_cell(name: str, function: Callable[[Trace, Value], int]) -> None:
     """One step of an Elman network: function(W x + b + U h + c)."""
 
     def cell(
@@ -194,13 +194,13 @@ def _register_cell(name: str, function: Callable[[], Elementwise]) -> None:
                 terms.append(F.linear(exact[0], exact[1], None if bias is None else trace.constant(bias, "bias")))
         total = add(trace, terms[0], terms[1])
         held = next(term for term in terms if isinstance(term, Value))
-        return trace.activation(trace.value(total, held.tensor), function())
+        return function(trace, trace.value(total, held.tensor))
 
     lowers(name)(cell)
 
 
-_register_cell("rnn_tanh_cell", smooth.tanh)
-_register_cell("rnn_relu_cell", activations.relu)
+_register_cell("rnn_tanh_cell", lambda trace, x: trace.activation(x, smooth.tanh()))
+_register_cell("rnn_relu_cell", relu)
 
 
 def _moved(trace: Trace, x: Value, move: Callable[[Tensor], Tensor]) -> Value:

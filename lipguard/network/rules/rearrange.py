@@ -217,7 +217,7 @@ def _joined(trace: Trace, parts: list[Any], join: Callable[[list[Tensor]], Tenso
             begins.append(offset)
             offset += part.size
         else:
-            part = part if isinstance(part, Tensor) else torch.tensor(part, dtype=torch.float64)
+            part = part if isinstance(part, Tensor) else torch.tensor(part, dtype=torch.float64, device=device)
             constants.append(trace.constant(part, "constant").to(device))
             codes.append(torch.zeros_like(constants[-1]))
     index = _index(trace, join(codes), rows, total)
