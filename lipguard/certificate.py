@@ -207,7 +207,7 @@ Domain = Box | Ball
 
 def _rows(value: float | Sequence[float] | Tensor, size: int) -> list[Tensor] | None:
     """The vectors of a batch (B, ...), B > 1; None if the value is no batch of vectors of that size."""
-    tensor = _float64(value)
+    tensor = _on_cpu(value)
     if tensor.ndim < 2 or len(tensor) < 2 or tensor.numel() != len(tensor) * size:
         return None
     return list(tensor.reshape(len(tensor), size))

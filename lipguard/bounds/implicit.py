@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lipguard.certificate import Certificate, Magnitudes, Query
 from lipguard.errors import UnsupportedQuery
-from lipguard.network import Activation, Affine, Implicit, Input, Network, Sum
+from lipguard.network import Activation, Affine, Coupled, Implicit, Input, Network, Sum
 from lipguard.verify import verify
+from lipguard.verify.magnitudes import coupled_magnitude
 from lipguard.verify.implicit import propose_magnitude
 
 
@@ -84,6 +85,11 @@ def _vectors(network: Network, transposed: bool) -> dict[int, Tensor]:
                 given = found[i if transposed else node.source]
                 vectors[i] = propose_magnitude(node, given, transposed) * _MARGIN
                 hand(node.source if transposed else i, vectors[i])
+            case Coupled():
+                if transposed:
+                    hand(node.source, coupled_magnitude(node.function, found[i], network.sizes[node.source]))
+                else:
+                    found[i] = coupled_magnitude(node.function, found[node.source])
             case Sum():
                 if transposed:
                     for source in node.sources:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lipguard.errors import InvalidExample, UnsupportedQuery
-from lipguard.network import Activation, Affine, Input, Network, Operator
+from lipguard.network import Activation, Affine, Input, Network, Operator, Sum
 from lipguard.penalties.base import Penalty
 from lipguard.penalties.intervals import Interval, _image, row_lengths, through
 from lipguard.penalties.norms import random_unit
@@ -97,7 +97,7 @@ def layers(network: Network) -> list[tuple[Affine, Activation | None]]:
     for i, node in enumerate(network.nodes):
         if isinstance(node, Input):
             continue
-        sources = (node.source,) if isinstance(node, Affine | Activation) else node.sources
+        sources = node.sources if isinstance(node, Sum) else (node.source,)
         if sources != (i - 1,):
             raise UnsupportedQuery(refused.format(f"{node.name or f'node {i}'} joins branches. Use the lipsdp_local penalty"))
         if isinstance(node, Affine):

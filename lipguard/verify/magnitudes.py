@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lipguard.certificate import Magnitudes
 from lipguard.errors import NotCertified
-from lipguard.network import Activation, Affine, Implicit, Input, Network, Operator, Sum
+from lipguard.network import Activation, Affine, Coupled, Coupling, Implicit, Input, Network, Operator, Sum
+from lipguard.network.coupled import Maxima, Reflection, Sort
 from lipguard.rounding import TINY, UNIT, gamma, sum_up, up
 from lipguard.verify.implicit import prove_magnitude
 
@@ -47,6 +48,8 @@ def _forwards(network: Network, vectors: dict[int, Tensor]) -> Tensor:
                 values.append(_steepest(node) * values[node.source] * (1 + 2 * UNIT) + TINY)
             case Implicit():
                 values.append(_response(node, i, values[node.source], vectors, False))
+            case Coupled():
+                values.append(coupled_magnitude(node.function, values[node.source]))
             case Sum():
                 values.append(sum_up(torch.stack([values[s] for s in node.sources]), 0))
     return values[-1]
@@ -74,12 +77,41 @@ def _backwards(network: Network, vectors: dict[int, Tensor]) -> Tensor:
                 found.setdefault(node.source, []).append(_steepest(node) * g * (1 + 2 * UNIT) + TINY)
             case Implicit():
                 found.setdefault(node.source, []).append(_response(node, i, g, vectors, True))
+            case Coupled():
+                found.setdefault(node.source, []).append(coupled_magnitude(node.function, g, network.sizes[node.source]))
             case Sum():
                 for source in node.sources:
                     found.setdefault(source, []).append(g)
             case Input():
                 pass
     return total(0)
+
+
+def coupled_magnitude(function: Coupling, r: Tensor, size: int | None = None) -> Tensor:
+    """Upper bound of |J| r over all Jacobians of the function, entry by entry; with its number of inputs, of |J'| r.
+
+    Raises:
+        NotCertified: the function is of no known kind.
+    """
+    index = function.index
+    match function:
+        case Maxima() if size is None:
+            return torch.cat([r, r.new_zeros(1)])[index].amax(1)
+        case Maxima():
+            # An entry may be the largest of every window it lies in.
+            place = torch.where(index < 0, size, index)
+            total = r.new_zeros(size + 1).index_add(0, place.flatten(), r[:, None].expand_as(index).flatten())[:-1]
+            return total * (1 + 2 * gamma(index.numel() + 2))
+        case Sort():
+            grouped = r[index].amax(1, keepdim=True).expand_as(index)
+        case Reflection():
+            v, own = function.directions.abs(), r[index]
+            # max(1, |1 - 2 v_i^2|) r_i + sum over the others of 2 |v_i v_j| r_j
+            cross = 2 * v * ((v * own).sum(1, keepdim=True) * (1 + 2 * gamma(v.shape[1] + 4)) - v * own).clamp_min(0)
+            grouped = (torch.maximum(torch.ones_like(v), 2 * v * v - 1) * own + cross) * (1 + 16 * UNIT) + TINY
+        case _:
+            raise NotCertified(f"no check knows the function {type(function).__name__}.")
+    return grouped.flatten()[index.flatten().argsort()]
 
 
 def _apply(magnitude: Operator, x: Tensor) -> Tensor:

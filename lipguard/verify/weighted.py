@@ -24,7 +24,7 @@ import torch
 
 from lipguard.certificate import Multipliers, Part, WeightedMultipliers
 from lipguard.errors import NotCertified
-from lipguard.network import Activation, Affine, Diagonal, Implicit, Index, Input, Network, Node, Operator, Sum
+from lipguard.network import Activation, Affine, Coupled, Diagonal, Implicit, Index, Input, Network, Node, Operator, Sum
 from lipguard.rounding import TINY, UNIT, sqrt_up, sum_up, up
 from lipguard.verify.matrix_norm import times
 from lipguard.verify.multipliers import check_multipliers
@@ -96,7 +96,7 @@ def _moved(node: Node) -> Node:
     match node:
         case Sum():
             return replace(node, sources=tuple(s + 1 for s in node.sources))
-        case Affine() | Activation() | Implicit():
+        case Affine() | Activation() | Implicit() | Coupled():
             return replace(node, source=node.source + 1)
         case Input():
             raise NotCertified("a network has one input, its first node.")
