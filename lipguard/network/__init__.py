@@ -94,7 +94,12 @@ class Implicit:
         return implicit.diagonal_scaling(self.operator.dense().detach(), *self.slopes, self.name or "an implicit layer")
 
     def __call__(self, v: Tensor) -> Tensor:
-        """z for inputs (..., n), in float64."""
+        """z for inputs (..., n), in float64.
+
+        Raises:
+            InvalidModel: the layer is not known to be well posed.
+        """
+        _ = self.scaling
         return implicit.equilibrium(self.operator.dense(), v, self.function, *self.slopes, self.name)
 
 

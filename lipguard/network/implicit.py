@@ -174,7 +174,8 @@ def _solve(weight: Tensor, v: Tensor, function: Elementwise, alpha: Tensor, beta
         error = z - function(z @ weight.T + v)
         mass = (z.abs() @ magnitude + v.abs()).amax(1)
         size = error.abs().amax(1) / mass.clamp_min(torch.finfo(v.dtype).tiny)
-        best, smallest = torch.where((size < smallest)[:, None], z, best), torch.minimum(size, smallest)
+        better = size < smallest
+        best, smallest = torch.where(better[:, None], z, best), torch.where(better, size, smallest)
         return error, smallest <= gamma(n + 4)
 
     for sweeps in (50, 200, 1000, 5000, 20000):

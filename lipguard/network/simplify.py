@@ -86,5 +86,5 @@ def _sources(node: Node) -> tuple[int, ...]:
 
 def _moved(node: Node, place: dict[int, int]) -> Node:
     if isinstance(node, Affine | Activation | Coupled | Implicit):
-        return replace(node, source=place[node.source])
+        return node if place[node.source] == node.source else replace(node, source=place[node.source])
     return replace(node, sources=tuple(place[s] for s in node.sources)) if isinstance(node, Sum) else node

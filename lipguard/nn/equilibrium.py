@@ -121,7 +121,7 @@ class Equilibrium(nn.Module):
             asked = self.tol or _ACCURACY[dtype]
             tol = asked if self.training else min(asked, _ACCURACY[dtype])
             budget = Budget(tol, max(asked, _REQUIRED[dtype]), self.max_iterations, self.training, type(self).__name__)
-            rows = v.reshape(-1, self.hidden)
+            rows, self._report = v.reshape(-1, self.hidden), Report()
             z = fixed_point(weight, rows, self.phi, self.method, budget, self._report)  # type: ignore[call-arg]
             return z.reshape(v.shape), outward, shift
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from lipguard.certificate import Multipliers
 from lipguard.errors import InvalidModel, NotCertified
 from lipguard.network import Implicit, Input, Network
-from lipguard.rounding import TINY, UNIT, gamma, sum_up, up
+from lipguard.rounding import TINY, UNIT, gamma, sqrt_up, sum_up, up
 from lipguard.verify.multipliers import check_multipliers
 
 Ball = tuple[Tensor, Tensor]
@@ -35,14 +35,21 @@ Ball = tuple[Tensor, Tensor]
 def prove_gain(node: Implicit, p: float = 2.0) -> float:
     """g with ||dz||_p <= g ||dv||_p for all increments of the layer: a proof that it is well posed.
 
+    For p of 1 and inf absolute values prove it, or, where the layer does not contract in these norms, n^(1/2) times the gain
+    for p = 2: ||z||_inf <= ||z||_2 <= n^(1/2) ||z||_inf, and likewise for the 1-norm.
+
     Raises:
-        NotCertified: it is not provably well posed by multipliers (p = 2) or by absolute values (p = 1, inf).
+        NotCertified: it is not provably well posed.
     """
     if p == 2:
         return _gain(node)
-    y = propose_magnitude(node, torch.ones_like(node.slopes[0]), p == 1)
-    prove_magnitude(node, torch.ones_like(y), y, p == 1)
-    return float(y.max())
+    ones = torch.ones_like(node.slopes[0])
+    try:
+        y = propose_magnitude(node, ones, p == 1)
+        prove_magnitude(node, ones, y, p == 1)
+        return float(y.max())
+    except NotCertified:
+        return up(_gain(node) * sqrt_up(len(ones)))
 
 
 def _gain(node: Implicit) -> float:
