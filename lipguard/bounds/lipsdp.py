@@ -1,14 +1,16 @@
 """LipSDP: the program of a network, the way to its solvers, and the multipliers back.
 
 Slopes [alpha, beta] become [0, 1] by w = alpha p + (beta - alpha) u, a change of variables that leaves the matrix
-inequality what it is: (w - alpha p)(beta p - w) = (beta - alpha)^2 u (p - u). The transposed network has the same
-optimum, multipliers rho / t, and outputs for channels: the side with fewer channels makes the smaller matrix.
+inequality what it is: (w - alpha p)(beta p - w) = (beta - alpha)^2 u (p - u). Where alpha is not 0 every layer then sees
+all that lie before it: deep networks keep their slopes. The transposed network has the same optimum, multipliers
+rho / t (rho / (t (beta - alpha)^2) with slopes kept), and outputs for channels: the side with fewer channels makes the
+smaller matrix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +21,9 @@ from lipguard.solvers.slope_program import SlopeProgram
 _THINNEST = 1e-6
 """Slope intervals thinner than this are widened to it, as the checker does."""
 
+_STEADY = 1e-2
+"""Width, relative to the steepest slope, from which slopes may be kept: t (w - alpha p)(beta p - w) cancels in thinner ones."""
+
 
 @dataclass(frozen=True, eq=False)
 class LipSDP:
@@ -26,7 +31,8 @@ class LipSDP:
 
     Attributes:
         program: what the solvers see.
-        squares: (beta - alpha)^2 by neuron in the network's order, (n,).
+        squares: by neuron in the network's order, (n,), the factor between its own multiplier and the program's, or its
+            mirror image: (beta - alpha)^2, or 1 where the slopes are kept and the program is not transposed.
         order: for each of the program's neurons, its index in the network's order, (n,).
         transposed: whether the program is the transposed network's.
         balance: the natural size of each neuron's multiplier, (n,): the length of its outgoing weights over that of its
@@ -63,8 +69,10 @@ def lipsdp(fb: Feedback, tied: bool = False) -> LipSDP:
     """
     thin = (fb.beta - fb.alpha) < _THINNEST
     alpha, beta = torch.where(thin, fb.alpha - _THINNEST / 2, fb.alpha), torch.where(thin, fb.beta + _THINNEST / 2, fb.beta)
-    rows, out = _unit_slopes(fb, alpha, beta - alpha)
+    kept = _keeps_slopes(fb, alpha, beta)
+    rows, out = (list(map(dict, fb.rows)), dict(fb.out)) if kept else _unit_slopes(fb, alpha, beta - alpha)
     squares = (beta - alpha) ** 2
+    slopes = (alpha, beta) if kept else None
     layers = range(len(fb.sizes))
     index = torch.arange(sum(fb.sizes), device=alpha.device)
     heard = [k for k in layers if k in out]
@@ -73,7 +81,7 @@ def lipsdp(fb: Feedback, tied: bool = False) -> LipSDP:
     backward = min(fb.outputs, sum(fb.sizes[k] for k in heard) + (fb.inputs if -1 in out else 0))
     transposed = backward < forward
     if not transposed:
-        program = _program(fb.sizes, fb.inputs, rows, out)
+        program = _program(fb.sizes, fb.inputs, rows, out, slopes)
         order, weights = index, squares
     else:
         # Layer k of the network is layer L - 1 - k of the program; Q' has the rows of Q for columns.
@@ -88,13 +96,18 @@ def lipsdp(fb: Feedback, tied: bool = False) -> LipSDP:
         outward = {last - k: rows[k][-1].T for k in seeing}
         if -1 in out:
             outward[-1] = out[-1].T
-        program = _program(tuple(reversed(fb.sizes)), fb.outputs, flipped, outward)
         order = torch.cat([index[:0], *(index[s] for s in reversed(fb.slices))])
         weights = 1 / squares[order]
+        slopes = None if slopes is None else (alpha[order], beta[order])
+        program = _program(tuple(reversed(fb.sizes)), fb.outputs, flipped, outward, slopes)
+    if kept:
+        # t itself, and its mirror image rho / (t squares), are the multipliers of slopes that are kept.
+        weights = weights if transposed else torch.ones_like(weights)
+        squares = squares if transposed else torch.ones_like(squares)
     if tied:
         groups = torch.cat([index[:0], *(torch.full_like(index[:size], k) for k, size in enumerate(program.sizes))])
         uniform = bool((weights == weights[:1]).all())
-        program = SlopeProgram(program.sizes, program.channels, program.rows, program.out, groups, None if uniform else weights)
+        program = replace(program, groups=groups, weights=None if uniform else weights)
     return LipSDP(program, squares, order, transposed, _balance(fb))
 
 
@@ -108,6 +121,17 @@ def _balance(fb: Feedback) -> Tensor:
                 outgoing[fb.slices[source]] += torch.linalg.vector_norm(block, dim=0) ** 2
     ratio = (outgoing / incoming).sqrt()
     return torch.where(ratio.isfinite() & (ratio > 0), ratio, torch.ones_like(ratio))
+
+
+def _keeps_slopes(fb: Feedback, alpha: Tensor, beta: Tensor) -> bool:
+    """Whether unit slopes would fill in so much that the slopes are better kept; thin ones, of huge multipliers, never are."""
+    if not bool(alpha.any()) or bool((beta - alpha < _STEADY * torch.maximum(alpha.abs(), beta.abs())).any()):
+        return False
+    # Every layer would see whatever the layers it sees do; what a block costs in the elimination, its pairs.
+    seen: list[set[int]] = []
+    for row in fb.rows:
+        seen.append(set(row).union(*(seen[source] for source in row if source >= 0)))
+    return sum(len(s) ** 2 for s in seen) > 2 * sum((len(row) + 1) ** 2 for row in fb.rows)
 
 
 def _unit_slopes(fb: Feedback, alpha: Tensor, width: Tensor) -> tuple[list[dict[int, Tensor]], dict[int, Tensor]]:
@@ -136,7 +160,13 @@ def _unit_slopes(fb: Feedback, alpha: Tensor, width: Tensor) -> tuple[list[dict[
     return rows, substitute(fb.out)
 
 
-def _program(sizes: tuple[int, ...], channels: int, rows: list[dict[int, Tensor]], out: dict[int, Tensor]) -> SlopeProgram:
+def _program(
+    sizes: tuple[int, ...],
+    channels: int,
+    rows: list[dict[int, Tensor]],
+    out: dict[int, Tensor],
+    slopes: tuple[Tensor, Tensor] | None,
+) -> SlopeProgram:
     """The program of blocks; channels that no neuron and no output can tell apart are merged by a QR."""
     seeing = [row[-1] for row in rows if -1 in row] + ([out[-1]] if -1 in out else [])
     height = sum(block.shape[0] for block in seeing)
@@ -156,4 +186,4 @@ def _program(sizes: tuple[int, ...], channels: int, rows: list[dict[int, Tensor]
         if -1 in out and reduced is not None:
             out = {**out, -1: reduced[start:]}
         channels = height
-    return SlopeProgram(sizes, channels, tuple(rows), out)
+    return SlopeProgram(sizes, channels, tuple(rows), out, slopes=slopes)

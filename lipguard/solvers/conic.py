@@ -47,8 +47,9 @@ class Conic:
         units = torch.eye(order, dtype=torch.float64)
         e, q = units[:n].numpy(), program.q(units.to(program.constant)).cpu().numpy()
         channels = torch.diag((torch.arange(order) >= n).to(torch.float64)).numpy()
-        # e'T(e - q) + (e - q)'Te is symmetric by construction; CVXPY needs to see it.
-        half = e.T @ cp.diag(t) @ (e - q)
+        low, high = (e, e - q) if program.slopes is None else (e - slope[:, None].cpu().numpy() * q for slope in program.slopes)
+        # low'T high + high'T low is symmetric by construction; CVXPY needs to see it.
+        half = low.T @ cp.diag(t) @ high
         z = rho * channels + half + half.T - program.constant.cpu().numpy()
         problem = cp.Problem(cp.Minimize(rho), [z >> 0])
         options = dict(self.options)

@@ -4,6 +4,9 @@
 
 over N = n + r coordinates: n neurons, then r channels (inputs, or outputs of the transposed network). q_j is row j of
 Q = [B A], B strictly lower block triangular; E selects the channels; C0 = [C D]'[C D]. Z >= 0 implies t >= 0.
+
+With slopes [alpha, beta] the bracket is S_j = a_j b_j' + b_j a_j', a_j = e_j - alpha_j q_j, b_j = e_j - beta_j q_j. A change of
+variables would make them [0, 1], but would let every layer see all that lie before it.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from lipguard.errors import SolverFailed
 
 @dataclass(frozen=True, eq=False)
 class SlopeProgram:
-    """A LipSDP with all slopes in [0, 1].
+    """A LipSDP.
 
     Attributes:
         sizes: neurons of each layer.
@@ -31,6 +34,7 @@ class SlopeProgram:
         out: [C D] by source: `out[l]` (m, n_l) and `out[-1]` (m, r); C0 = [C D]'[C D].
         groups: index of the multiplier of each neuron, (n,); None for one each. A group lies within one layer.
         weights: s, the fixed factor between a neuron's multiplier and its group's, (n,); None for ones.
+        slopes: alpha and beta, each (n,); None for 0 and 1.
     """
 
     sizes: tuple[int, ...]
@@ -39,6 +43,7 @@ class SlopeProgram:
     out: Mapping[int, Tensor]
     groups: Tensor | None = None
     weights: Tensor | None = None
+    slopes: tuple[Tensor, Tensor] | None = None
 
     @property
     def neurons(self) -> int:
@@ -64,7 +69,8 @@ class SlopeProgram:
         rows = tuple({s: b.to(dtype) for s, b in row.items()} for row in self.rows)
         out = {s: b.to(dtype) for s, b in self.out.items()}
         weights = None if self.weights is None else self.weights.to(dtype)
-        return SlopeProgram(self.sizes, self.channels, rows, out, self.groups, weights)
+        slopes = None if self.slopes is None else (self.slopes[0].to(dtype), self.slopes[1].to(dtype))
+        return SlopeProgram(self.sizes, self.channels, rows, out, self.groups, weights, slopes)
 
     @cached_property
     def options(self) -> dict[str, torch.dtype | torch.device]:
@@ -85,6 +91,31 @@ class SlopeProgram:
             c0[self.slices[i], self.slices[j]] = block
             c0[self.slices[j], self.slices[i]] = block.T
         return c0
+
+    @cached_property
+    def middle(self) -> Tensor | None:
+        """alpha + beta, the factor of e q' + q e' in -S_j; None for 1."""
+        return None if self.slopes is None else self.slopes[0] + self.slopes[1]
+
+    @cached_property
+    def bends(self) -> Tensor | None:
+        """2 alpha beta, the factor of q q' in S_j; None where all are 0."""
+        if self.slopes is None:
+            return None
+        product = 2 * self.slopes[0] * self.slopes[1]
+        return product if bool(product.any()) else None
+
+    def coupled(self, t: Tensor, k: int) -> Tensor:
+        """t (alpha + beta) of layer k from t of layer k."""
+        return t if self.middle is None else t * self.middle[self.slices[k]]
+
+    def bent(self, t: Tensor, k: int) -> dict[tuple[int, int], Tensor]:
+        """The blocks (i, j), j <= i, of sum_j t_j 2 alpha_j beta_j q_j q_j' over layer k, from t of layer k."""
+        if self.bends is None:
+            return {}
+        weights = (t * self.bends[self.slices[k]])[:, None]
+        row = self.rows[k]
+        return {(i, j): left.T @ (weights * right) for i, left in row.items() for j, right in row.items() if j <= i}
 
     def spread(self, tau: Tensor) -> Tensor:
         """Multipliers of the neurons from those of the groups."""
@@ -124,9 +155,13 @@ class SlopeProgram:
             here = self.slices[k]
             for source, block in row.items():
                 there = self.slices[source]
-                part = t[here, None] * block
+                part = self.coupled(t[here], k)[:, None] * block
                 z[here, there] -= part
                 z[there, here] -= part.T
+            for (i, j), part in self.bent(t[here], k).items():
+                z[self.slices[i], self.slices[j]] += part
+                if i != j:
+                    z[self.slices[j], self.slices[i]] += part.T
         diagonal = z.diagonal()
         diagonal[: self.neurons] += 2 * t
         diagonal[self.neurons :] += rho
@@ -142,7 +177,13 @@ class SlopeProgram:
         for k, row in enumerate(self.rows):
             here = self.slices[k]
             for source, block in row.items():
-                s[here] -= (block * y[here, self.slices[source]]).sum(1)
+                s[here] -= self.coupled((block * y[here, self.slices[source]]).sum(1), k)
+        if self.bends is not None:
+            rest = self.q(y.T)
+            for k, row in enumerate(self.rows):
+                here = self.slices[k]
+                for source, block in row.items():
+                    s[here] += self.bends[here] / 2 * (block * rest[here, self.slices[source]]).sum(1)
         return 2 * s, y.diagonal()[self.neurons :].sum()
 
     def interior(self, t: Tensor | None = None, margin: float = 1.0) -> tuple[Tensor, float]:
@@ -211,7 +252,7 @@ class SlopeProgram:
             for j in (-1, *range(k)):
                 cross = s.get((k, j))
                 if j in self.rows[k]:
-                    coupling = t[:, None] * self.rows[k][j]
+                    coupling = self.coupled(t, k)[:, None] * self.rows[k][j]
                     cross = coupling if cross is None else cross + coupling
                 if cross is not None:
                     # L^-1 X as (X' L^-T)': LAPACK's layout without a copy, at half the time.
@@ -220,6 +261,8 @@ class SlopeProgram:
                 for j, right in felt.items():
                     if j <= i:
                         add(i, j, left.T @ right)
+            for (i, j), block in self.bent(t, k).items():
+                add(i, j, -block)
         return Elimination(s.get((-1, -1)), factors, solved)
 
 
