@@ -235,7 +235,15 @@ class Partition:
     value: float
 
 
-Evidence = Factors | Multipliers | Witness | Partition | SolverReport
+@dataclass(frozen=True, eq=False)
+class Product:
+    """Evidence of every piece of a network that is cut behind the nodes `cuts`; the bounds of the pieces multiply."""
+
+    cuts: tuple[int, ...]
+    factors: tuple[Multipliers | Factors, ...]
+
+
+Evidence = Factors | Multipliers | Witness | Partition | Product | SolverReport
 
 
 @dataclass(frozen=True, eq=False)

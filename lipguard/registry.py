@@ -47,6 +47,7 @@ METHODS: dict[str, Entry] = {
         Entry("spectral", "lipguard.bounds.spectral:Spectral"),
         Entry("lipsdp-neuron", "lipguard.bounds.semidefinite:Semidefinite", {"tied": False}),
         Entry("lipsdp-layer", "lipguard.bounds.semidefinite:Semidefinite", {"tied": True}),
+        Entry("lipsdp-split", "lipguard.bounds.split:Split"),
         Entry("sampling", "lipguard.bounds.sampling:Sampling"),
     )
 }

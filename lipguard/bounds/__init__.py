@@ -26,14 +26,17 @@ def bound(
     outputs: Tensor | tuple[int, int] | None = None,
     tol: float = 1e-7,
     time_limit: float | None = None,
+    chordal: bool = False,
+    pieces: int = 4,
+    jobs: int = 1,
 ) -> Certificate:
     """A verified bound of the Lipschitz constant of `model` over `domain`.
 
     Args:
         model: a module, read in eval mode and left as it is, or a captured `Network`.
         example: a batch of inputs, (batch, ...), any values; not needed for a `Network`.
-        method: "lipsdp-neuron" (the default for norm 2), "lipsdp-layer", "spectral" (the default else), or "sampling",
-            the only lower bound; or a name registered by another package.
+        method: "lipsdp-neuron" (the default for norm 2), "lipsdp-layer", "lipsdp-split", "spectral" (the default else),
+            or "sampling", the only lower bound; or a name registered by another package.
         norm: 1, 2, inf, or a pair (input norm, output norm).
         domain: `Box`, `Ball` or None for all inputs. Upper bounds hold for all inputs, and so for every domain.
         solver: of the LipSDP methods: "auto", "interior-point", "first-order", "scs", "clarabel", "cvxopt", "mosek".
@@ -41,6 +44,9 @@ def bound(
         outputs: a matrix (k, m) or a pair of classes (i, j) to bound a functional of the outputs.
         tol: relative gap of the squared bound asked of `interior-point`.
         time_limit: seconds for the search; what is found by then is verified.
+        chordal: for "scs", "clarabel", "cvxopt" and "mosek": one small matrix a layer, of the same optimum, instead of one
+            of all neurons (Xue et al., arXiv:2204.00846).
+        pieces, jobs: of "lipsdp-split": consecutive pieces whose bounds multiply, and processes that solve them.
     Returns:
         A certificate with rigor "verified". Its `note` says if a solver failed and another bound stands in.
     Raises:
@@ -51,7 +57,9 @@ def bound(
     entry = registry.method(name)
     options: dict[str, Any] = {}
     if name.startswith("lipsdp"):
-        options = {"solver": solver, "tol": tol, "time_limit": time_limit}
+        options = {"solver": solver, "tol": tol, "time_limit": time_limit, "chordal": chordal}
+        if name == "lipsdp-split":
+            options |= {"pieces": pieces, "jobs": jobs}
         if solver != "auto":
             registry.solver(solver)
     elif name == "sampling":

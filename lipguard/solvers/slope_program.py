@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,6 +21,22 @@ import torch
 from torch import Tensor
 
 from lipguard.errors import SolverFailed
+
+
+def fill(rows: Sequence[Iterable[int]], out: Iterable[int]) -> tuple[list[tuple[int, list[int]]], set[tuple[int, int]]]:
+    """The pattern of the elimination from the sources that every layer and the output read.
+
+    Returns:
+        For every layer from the last to the first the sources it meets, and all blocks (i, j), j <= i, that fill in.
+    """
+    felt = list(out)
+    pairs = {(i, j) for i in felt for j in felt if j <= i}
+    shapes = []
+    for k in reversed(range(len(rows))):
+        sources = sorted(set(rows[k]) | {j for i, j in pairs if i == k and j < k})
+        pairs |= {(i, j) for i in sources for j in sources if j <= i}
+        shapes.append((k, sources))
+    return shapes, pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +79,13 @@ class SlopeProgram:
             ends.append(ends[-1] + size)
         places = {k: slice(a, b) for k, (a, b) in enumerate(itertools.pairwise(ends))}
         return places | {-1: slice(ends[-1], ends[-1] + self.channels)}
+
+    @cached_property
+    def fronts(self) -> list[tuple[int, int]]:
+        """(n, m) of every layer's front, from the last layer to the first: its neurons and the coordinates they meet."""
+        size = dict(enumerate(self.sizes)) | {-1: self.channels}
+        shapes, _ = fill(self.rows, self.out)
+        return [(size[k], sum(size[j] for j in front)) for k, front in shapes]
 
     def to(self, dtype: torch.dtype) -> SlopeProgram:
         """The same program in another precision."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from lipguard.certificate import Certificate, Factors, Multipliers, Partition, SolverReport, Witness
+from lipguard.certificate import Certificate, Factors, Multipliers, Partition, Product, SolverReport, Witness
 from lipguard.errors import NotCertified
 from lipguard.network import Network
 from lipguard.verify.factors import check_factors
 from lipguard.verify.multipliers import check_multipliers
 from lipguard.verify.partition import check_partition
+from lipguard.verify.product import check_product
 from lipguard.verify.witness import check_witness
 
 __all__ = ["verify"]
@@ -44,6 +45,8 @@ def verify(network: Network, certificate: Certificate) -> Certificate:
             value = check_witness(network, evidence, certificate.norm, certificate.domain)
         case Partition():
             value = check_partition(network, evidence, certificate.norm, certificate.domain)
+        case Product():
+            value = check_product(network, evidence, certificate.norm)
         case SolverReport():
             raise NotCertified(f"the value {certificate.value:g} rests on {evidence.solver}'s word alone: it stays approximate.")
     side = "lower" if isinstance(evidence, Witness) else "upper"
