@@ -348,8 +348,25 @@ class Partition:
     value: float
 
 
+@dataclass(frozen=True, eq=False)
+class Product:
+    """Evidence of every piece of a network that is cut behind the nodes `cuts`; the bounds of the pieces multiply."""
+
+    cuts: tuple[int, ...]
+    factors: tuple[Multipliers | Factors, ...]
+
+
 Evidence = (
-    Factors | Multipliers | LocalMultipliers | Slopes | Magnitudes | WeightedMultipliers | Witness | Partition | SolverReport
+    Factors
+    | Multipliers
+    | LocalMultipliers
+    | Slopes
+    | Magnitudes
+    | WeightedMultipliers
+    | Witness
+    | Partition
+    | Product
+    | SolverReport
 )
 
 

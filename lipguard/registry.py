@@ -49,6 +49,7 @@ METHODS: dict[str, Entry] = {
         Entry("lipsdp-neuron", "lipguard.bounds.semidefinite:Semidefinite", {"tied": False}),
         Entry("lipsdp-layer", "lipguard.bounds.semidefinite:Semidefinite", {"tied": True}),
         Entry("contraction", "lipguard.bounds.implicit:Contraction"),
+        Entry("lipsdp-split", "lipguard.bounds.split:Split"),
         Entry("sampling", "lipguard.bounds.sampling:Sampling"),
     )
 }

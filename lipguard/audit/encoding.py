@@ -7,7 +7,7 @@ import binascii
 import math
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, get_args
+from typing import Any, TypeGuard, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from lipguard.certificate import (
     Multipliers,
     Part,
     Partition,
+    Product,
     Rigor,
     Side,
     Slopes,
@@ -150,6 +151,9 @@ def _evidence_json(evidence: Evidence) -> dict[str, Any]:
         case Partition():
             leaves = [{f.name: _field_json(getattr(leaf, f.name)) for f in fields(leaf)} for leaf in evidence.leaves]
             return {"kind": "partition", "value": float(evidence.value), "leaves": leaves}
+        case Product():
+            factors = [_evidence_json(factor) for factor in evidence.factors]
+            return {"kind": "product", "cuts": [int(cut) for cut in evidence.cuts], "factors": factors}
         case SolverReport():
             return {"kind": "solver-report", "solver": evidence.solver, "message": evidence.message}
 
@@ -176,10 +180,19 @@ def _evidence(value: Mapping[str, Any]) -> Evidence:
         case "partition":
             leaves = tuple(Leaf(**{name: _field(field) for name, field in leaf.items()}) for leaf in value["leaves"])
             return Partition(leaves, float(value["value"]))
+        case "product":
+            factors = tuple(_evidence(factor) for factor in value["factors"])
+            return Product(tuple(int(cut) for cut in value["cuts"]), tuple(f for f in factors if _of_a_piece(f)))
         case "solver-report":
             return SolverReport(str(value["solver"]), str(value["message"]))
         case kind:
             raise ValueError(f"no evidence is called {kind!r}")
+
+
+def _of_a_piece(evidence: Evidence) -> TypeGuard[Multipliers | Factors]:
+    if not isinstance(evidence, Multipliers | Factors):
+        raise ValueError(f"{type(evidence).__name__} is no evidence of a piece")
+    return True
 
 
 def _field_json(value: Tensor | float | None) -> object:

@@ -62,6 +62,9 @@ def bound(
     outputs: Outputs | None = None,
     tol: float = 1e-7,
     time_limit: float | None = None,
+    chordal: bool = False,
+    pieces: int = 4,
+    jobs: int = 1,
 ) -> Certificate | list[Certificate]:
     """A verified bound of the Lipschitz constant of `model` over `domain`.
 
@@ -72,8 +75,8 @@ def bound(
         model: a module, read in eval mode and left as it is, or a captured `Network`.
         example: a batch of inputs, (batch, ...), any values; not needed for a `Network`.
         method: "lipsdp-neuron" (the default for norm 2, and for other norms where it takes seconds), "lipsdp-layer",
-            "spectral" (the default else), "contraction" (absolute values: from norm inf or to norm 1, implicit layers
-            too), or "sampling", the only lower bound; or a name registered by another package.
+            "lipsdp-split", "spectral" (the default else), "contraction" (absolute values: from norm inf or to norm 1,
+            implicit layers too), or "sampling", the only lower bound; or a name registered by another package.
         norm: 1, 2, inf, or a pair (input norm, output norm).
         domain: `Box`, `Ball` or None for all inputs; or a sequence of them; or one whose centre (whose ends) is a batch,
             of shape (B, ...) with B > 1.
@@ -83,6 +86,9 @@ def bound(
             tensors that the module returns, by its place or name.
         tol: relative gap of the squared bound asked of `interior-point`.
         time_limit: seconds for the search; what is found by then is verified.
+        chordal: for "scs", "clarabel", "cvxopt" and "mosek": one small matrix a layer, of the same optimum, instead of one
+            of all neurons (Xue et al., arXiv:2204.00846).
+        pieces, jobs: of "lipsdp-split": consecutive pieces whose bounds multiply, and processes that solve them.
     Returns:
         A `Certificate` with rigor "verified"; for a sequence or a batch of domains a list of them, one for each. The
         `note` says if a solver failed and another bound stands in.
@@ -101,12 +107,16 @@ def bound(
     options: dict[str, Any] = {}
     if name.startswith("lipsdp"):
         options = {"solver": solver, "tol": tol, "time_limit": time_limit}
+        if name == "lipsdp-split":
+            options |= {"pieces": pieces, "jobs": jobs}
     elif name == "sampling":
         options = {"time_limit": time_limit}
     with one_thread():
         if domains and name in LOCAL:
             certificates = Local(name, **options)(network, query, domains)
         else:
+            if name.startswith("lipsdp"):
+                options["chordal"] = chordal
             certificates = [entry.build(**options)(network, Query(query.norm, one), None)[0] for one in domains or [None]]
     return certificates if several else certificates[0]
 

@@ -1,8 +1,10 @@
 """LipSDP: the program of a network, the way to its solvers, and the multipliers back.
 
 Slopes [alpha, beta] become [0, 1] by w = alpha p + (beta - alpha) u, a change of variables that leaves the matrix
-inequality what it is: (w - alpha p)(beta p - w) = (beta - alpha)^2 u (p - u). The transposed network has the same
-optimum, multipliers rho / t, and outputs for channels: the side with fewer channels makes the smaller matrix.
+inequality what it is: (w - alpha p)(beta p - w) = (beta - alpha)^2 u (p - u). Where alpha is not 0 every layer then sees
+all that lie before it: deep networks keep their slopes. The transposed network has the same optimum, multipliers
+rho / t (rho / (t (beta - alpha)^2) with slopes kept), and outputs for channels: the side with fewer channels makes the
+smaller matrix.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from lipguard.solvers.slope_program import SlopeProgram
 _THINNEST = 1e-6
 """Slope intervals thinner than this are widened to it, as the checker does."""
 
+_STEADY = 1e-2
+"""Width, relative to the steepest slope, from which slopes may be kept: t (w - alpha p)(beta p - w) cancels in thinner ones."""
+
 
 @dataclass(frozen=True, eq=False)
 class LipSDP:
@@ -27,7 +32,8 @@ class LipSDP:
 
     Attributes:
         program: what the solvers see.
-        squares: (beta - alpha)^2 by neuron in the network's order, (n,).
+        squares: by neuron in the network's order, (n,), the factor between its own multiplier and the program's, or its
+            mirror image: (beta - alpha)^2, or 1 where the slopes are kept and the program is not transposed.
         order: for each of the program's neurons, its index in the network's order, (n,).
         transposed: whether the program is the transposed network's.
         balance: the natural size of each neuron's multiplier, (n,): the length of its outgoing weights over that of its
@@ -69,9 +75,11 @@ def lipsdp(fb: Feedback, tied: bool = False, free: Literal["inputs", "outputs"] 
     """
     thin = (fb.beta - fb.alpha) < _THINNEST
     alpha, beta = torch.where(thin, fb.alpha - _THINNEST / 2, fb.alpha), torch.where(thin, fb.beta + _THINNEST / 2, fb.beta)
-    rows, out = _unit_slopes(fb, alpha, beta - alpha)
+    kept = _keeps_slopes(fb, alpha, beta)
+    rows, out = (list(map(dict, fb.rows)), dict(fb.out)) if kept else _unit_slopes(fb, alpha, beta - alpha)
     squares = (beta - alpha) ** 2
     scaling = {k: t.to(squares) * squares[fb.slices[k]] for k, t in fb.scaling.items()}
+    slopes = (alpha, beta) if kept else None
     layers = range(len(fb.sizes))
     index = torch.arange(sum(fb.sizes), device=alpha.device)
     heard = [k for k in layers if k in out]
@@ -80,7 +88,7 @@ def lipsdp(fb: Feedback, tied: bool = False, free: Literal["inputs", "outputs"] 
     backward = min(fb.outputs, sum(fb.sizes[k] for k in heard) + (fb.inputs if -1 in out else 0))
     transposed = backward < forward if free is None else free == "outputs"
     if not transposed:
-        program = _program(fb.sizes, fb.inputs, rows, out, scaling, free is None)
+        program = _program(fb.sizes, fb.inputs, rows, out, scaling, free is None, slopes)
         order, weights = index, squares
     else:
         # Layer k of the network is layer L - 1 - k of the program; Q' has the rows of Q for columns.
@@ -97,9 +105,14 @@ def lipsdp(fb: Feedback, tied: bool = False, free: Literal["inputs", "outputs"] 
             outward[-1] = out[-1].T
         # T B + B'T < 2T becomes B T^-1 + T^-1 B' < 2 T^-1.
         inverse = {last - k: 1 / t for k, t in scaling.items()}
-        program = _program(tuple(reversed(fb.sizes)), fb.outputs, flipped, outward, inverse, free is None)
         order = torch.cat([index[:0], *(index[s] for s in reversed(fb.slices))])
         weights = 1 / squares[order]
+        slopes = None if slopes is None else (alpha[order], beta[order])
+        program = _program(tuple(reversed(fb.sizes)), fb.outputs, flipped, outward, inverse, free is None, slopes)
+    if kept:
+        # t itself, and its mirror image rho / (t squares), are the multipliers of slopes that are kept.
+        weights = weights if transposed else torch.ones_like(weights)
+        squares = squares if transposed else torch.ones_like(squares)
     if tied:
         groups = torch.cat([index[:0], *(torch.full_like(index[:size], k) for k, size in enumerate(program.sizes))])
         uniform = bool((weights == weights[:1]).all())
@@ -124,6 +137,17 @@ def _balance(fb: Feedback) -> Tensor:
                 outgoing[fb.slices[source]] += torch.linalg.vector_norm(block, dim=0) ** 2
     ratio = (outgoing / incoming).sqrt()
     return torch.where(ratio.isfinite() & (ratio > 0), ratio, torch.ones_like(ratio))
+
+
+def _keeps_slopes(fb: Feedback, alpha: Tensor, beta: Tensor) -> bool:
+    """Whether unit slopes would fill in so much that the slopes are better kept; thin ones, of huge multipliers, never are."""
+    if fb.scaling or not bool(alpha.any()) or bool((beta - alpha < _STEADY * torch.maximum(alpha.abs(), beta.abs())).any()):
+        return False
+    # Every layer would see whatever the layers it sees do; what a block costs in the elimination, its pairs.
+    seen: list[set[int]] = []
+    for row in fb.rows:
+        seen.append(set(row).union(*(seen[source] for source in row if source >= 0)))
+    return sum(len(s) ** 2 for s in seen) > 2 * sum((len(row) + 1) ** 2 for row in fb.rows)
 
 
 def _unit_slopes(fb: Feedback, alpha: Tensor, width: Tensor) -> tuple[list[dict[int, Tensor]], dict[int, Tensor]]:
@@ -169,6 +193,7 @@ def _program(
     out: dict[int, Tensor],
     scaling: dict[int, Tensor],
     merge: bool,
+    slopes: tuple[Tensor, Tensor] | None,
 ) -> SlopeProgram:
     """The program of blocks; channels that no neuron and no output can tell apart are merged by a QR, or else all are free."""
     seeing = [row[-1] for row in rows if -1 in row] + ([out[-1]] if -1 in out else [])
@@ -189,4 +214,4 @@ def _program(
         if -1 in out and reduced is not None:
             out = {**out, -1: reduced[start:]}
         channels = height
-    return SlopeProgram(sizes, channels, tuple(rows), out, scaling=scaling, free=not merge)
+    return SlopeProgram(sizes, channels, tuple(rows), out, scaling=scaling, free=not merge, slopes=slopes)

@@ -81,9 +81,9 @@ def weighted(network: Network, query: Query, options: Options, name: str) -> Cer
             "Use method='spectral', or outputs=... and a smaller submodule."
         )
     product = _product(network, query)
-    if product.value == 0 or not network.activations:
-        return product
     fb, count = network.feedback(), parts_of(network, norm)
+    if product.value == 0 or not fb.sizes:
+        return product
     free: Literal["inputs", "outputs"] | None = "inputs" if norm[0] == math.inf else "outputs" if norm[1] == 1 else None
     found: dict[int, tuple[float, Part]] = {}
     gaps, iterations, notes = [0.0], 0, []
@@ -120,7 +120,7 @@ def weighted(network: Network, query: Query, options: Options, name: str) -> Cer
 
 def _order(network: Network, norm: tuple[float, float]) -> int:
     channels = network.inputs if norm[0] == math.inf else network.outputs if norm[1] == 1 else 1
-    return network.neurons + channels
+    return network.slope_restricted.neurons + channels
 
 
 def _product(network: Network, query: Query) -> Certificate:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
-from lipguard.network import Activation, Affine, Coupled, Implicit, Network, Node, Sum
+from lipguard.network import Affine, Network, Node
+from lipguard.network.graph import moved, sources
 from lipguard.network.operators import Conv, Dense, Diagonal, Index
 
 
@@ -22,9 +22,9 @@ def simplify(nodes: Sequence[Node], output: int) -> Network:
     needed = {output}
     for i in range(output, -1, -1):
         if i in needed:
-            needed.update(_sources(nodes[i]))
+            needed.update(sources(nodes[i]))
     needed.add(0)
-    readers = Counter(s for i in needed for s in _sources(nodes[i]))
+    readers = Counter(s for i in needed for s in sources(nodes[i]))
     kept: list[Node] = []
     place: dict[int, int] = {}
     for i in sorted(needed):
@@ -39,7 +39,7 @@ def simplify(nodes: Sequence[Node], output: int) -> Network:
                     place[i] = place[node.source]
                     continue
         place[i] = len(kept)
-        kept.append(_moved(node, place))
+        kept.append(moved(node, place.__getitem__))
     return Network(tuple(kept))
 
 
@@ -76,15 +76,3 @@ def _joined(first: Affine, second: Affine) -> Affine | None:
         one = torch.ones((), dtype=torch.float64, device=index.device)
         return Affine(first.source, Diagonal(one, inner.size), bias, first.name)
     return Affine(first.source, Index(index, inner.size), bias, first.name)
-
-
-def _sources(node: Node) -> tuple[int, ...]:
-    if isinstance(node, Affine | Activation | Coupled | Implicit):
-        return (node.source,)
-    return node.sources if isinstance(node, Sum) else ()
-
-
-def _moved(node: Node, place: dict[int, int]) -> Node:
-    if isinstance(node, Affine | Activation | Coupled | Implicit):
-        return node if place[node.source] == node.source else replace(node, source=place[node.source])
-    return replace(node, sources=tuple(place[s] for s in node.sources)) if isinstance(node, Sum) else node

@@ -1,8 +1,10 @@
-"""First-order method for deep and very wide networks: L-BFGS on the multipliers' logarithms.
+"""First-order method for deep and very wide networks: L-BFGS on the logarithms of relative multipliers.
 
 Eliminating the neurons makes the least rho for given multipliers explicit, rho(t) = lambda_max(S(t)), at a cost linear in
 the depth of a chain, and any t whose pivots are positive gives a valid bound. The maximum is smoothed by Schatten norms
-(trace S^p)^(1/p) with p growing in stages: on the plain maximum quasi-Newton steps stall.
+(trace S^p)^(1/p) with p growing in stages: on the plain maximum quasi-Newton steps stall. Multipliers relative to what
+lies behind them (`relative`) make as much progress in a hundred steps through 80 layers as through 10; in log t alone
+the steps needed grow with the depth.
 
 Source: the recursion is the backward form of ECLipsE (Xu, Sivaranjani, arXiv:2404.04375); the smoothing is ours.
 """
@@ -20,9 +22,14 @@ import torch
 from torch import Tensor
 
 from lipguard.errors import SolverFailed
+from lipguard.solvers.relative import Relative, relative, to_relative
 from lipguard.solvers.slope_program import Elimination, Proposal, SlopeProgram
 
-_STAGES = (4.0, 16.0, 64.0, 256.0, 1024.0)
+_STAGES = (64.0, 256.0, 1024.0)
+
+_CHANGE = 0.05
+"""Largest change of a relative multiplier's logarithm in a step. Through many layers small changes add up: with 0.3 eighty
+layers of 40 take twice the evaluations."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +42,9 @@ class FirstOrder:
         memory: pairs kept by L-BFGS.
     """
 
-    tol: float = 5e-5
-    max_iterations: int = 1500
-    memory: int = 30
+    tol: float = 2e-5
+    max_iterations: int = 400
+    memory: int = 60
 
     def __call__(self, program: SlopeProgram, start: Tensor | None = None, deadline: float = math.inf) -> Proposal:
         """Improve the multipliers until progress ends; the gap is not known (nan).
@@ -56,30 +63,30 @@ class FirstOrder:
 
     def _solve(self, program: SlopeProgram, start: Tensor | None, deadline: float) -> Proposal:
         t, rho = program.interior() if start is None else program.interior(start, margin=0.5)
-        x = program.group(t).log()
-        best, best_rho, used = x, rho, 0
         if rho == 0:
             return Proposal(t, rho, math.nan, 0, "the output does not feel the input.")
+        best = t, rho
+        y, used = to_relative(program, t), 0
+
+        def value(y: Tensor, p: float) -> Relative | None:
+            nonlocal best
+            found = relative(program, y, p)
+            if found is not None and found.largest < best[1]:
+                best = found.t, found.largest
+            return found
+
         for p in _STAGES:
-            x, steps = self._stage(program, x, p, self.max_iterations - used, deadline)
+            limit = min(self.max_iterations - used, self.max_iterations // 2)
+
+            def ends(values: list[float], limit: int = limit) -> bool:
+                slow = len(values) > 10 and values[-11] - values[-1] < self.tol
+                return slow or len(values) > limit or time.perf_counter() > deadline
+
+            y, steps = lbfgs(lambda y, p=p: value(y, p), y, self.memory, ends, change=_CHANGE)
             used += steps
-            rho = least_rho(program, program.spread(x.exp()))
-            if rho < best_rho:
-                best, best_rho = x, rho
             if used >= self.max_iterations or time.perf_counter() > deadline:
                 break
-        return Proposal(program.spread(best.exp()), best_rho, math.nan, used)
-
-    def _stage(self, program: SlopeProgram, x: Tensor, p: float, limit: int, deadline: float) -> tuple[Tensor, int]:
-        def ends(values: list[float]) -> bool:
-            return (
-                time.perf_counter() > deadline
-                or len(values) > limit
-                or (len(values) > 10 and values[-11] - values[-1] < self.tol)
-            )
-
-        # Far from the optimum plain steps, beside it preconditioned ones.
-        return lbfgs(lambda x: smoothed(program, x, p), x, self.memory, ends, preconditioned=p > _STAGES[0])
+        return Proposal(best[0], best[1], math.nan, used)
 
 
 def least_rho(program: SlopeProgram, t: Tensor) -> float:
@@ -145,8 +152,11 @@ def derivatives(program: SlopeProgram, tau: Tensor, eliminated: Elimination, p: 
     total = powers.sum()
     weights = ratios ** (p - 1) / (total * top)
     xw = eliminated.responses(vectors)
-    w = xw[: program.neurons]
-    gradient, curvature = (2 * program.gather((w * v) @ weights) * tau for v in (program.q(xw) - w, w))
+    w, pre = xw[: program.neurons], program.q(xw)
+    if program.slopes is not None:
+        alpha, beta = (slope[:, None] for slope in program.slopes)
+        w, pre = w - alpha * pre, (beta - alpha) * pre
+    gradient, curvature = (2 * program.gather((w * v) @ weights) * tau for v in (pre - w, w))
     value = float(top.log() + total.log() / p)
     return (
         Smoothed(value, gradient, curvature, float(top), xw * weights.sqrt(), values) if bool(gradient.isfinite().all()) else None
@@ -154,11 +164,12 @@ def derivatives(program: SlopeProgram, tau: Tensor, eliminated: Elimination, p: 
 
 
 def lbfgs(
-    function: Callable[[Tensor], Smoothed | None],
+    function: Callable[[Tensor], Smoothed | Relative | None],
     x: Tensor,
     memory: int,
     ends: Callable[[list[float]], bool],
     preconditioned: bool = False,
+    change: float = math.inf,
 ) -> tuple[Tensor, int]:
     """Minimise by L-BFGS with an Armijo line search that treats None as an infinite value (Nocedal, Wright, 7.2).
 
@@ -170,6 +181,7 @@ def lbfgs(
         preconditioned: start the inverse Hessian from the curvature along single coordinates, so that neurons of little
             energy move as much as others. Near the optimum two or three steps then do what ten do without; far from it
             (24 layers of 20 from the closed form) many plain steps get further.
+        change: largest change of a coordinate in one step.
     Returns:
         The last point and the number of steps.
     """
@@ -189,8 +201,8 @@ def lbfgs(
             slope = float(gradient @ direction)
         # Multipliers live on a logarithmic scale: a first step changes none by more than a tenth, a preconditioned one by half.
         largest = max(float(direction.abs().max()), 1e-30)
-        first, change = (0.5, 0.5) if preconditioned else (1.0, math.inf if pairs else 0.1)
-        length = min(1.0 if pairs else first, change / largest)
+        first, most = (0.5, 0.5) if preconditioned else (1.0, math.inf if pairs else 0.1)
+        length = min(1.0 if pairs else first, min(most, change) / largest)
         for _ in range(30):
             candidate = function(x + length * direction)
             if candidate is not None and candidate.value <= current.value + 1e-4 * length * slope:

@@ -70,6 +70,13 @@ def _parts(program: SlopeProgram, g: Tensor) -> _Parts:
     v = program.q(g)
     u = program.q(v.T)
     aa = g[:n, :n]
+    if program.slopes is not None:
+        alpha, beta = (slope[:, None] for slope in program.slopes)
+        mixed, ax = aa - alpha * v[:, :n], g[:n, n:]
+        bb = aa - beta * v[:, :n] - v[:, :n].T * beta.T + beta * u * beta.T
+        ab = mixed - v[:, :n].T * beta.T + alpha * u * beta.T
+        aa = mixed - v[:, :n].T * alpha.T + alpha * u * alpha.T
+        return _Parts(aa, ab, bb, ax - alpha * v[:, n:], ax - beta * v[:, n:])
     ab = aa - v[:, :n].T
     ax = g[:n, n:]
     return _Parts(aa, ab, ab - v[:, :n] + u, ax, ax - v[:, n:])

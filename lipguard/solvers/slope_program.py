@@ -6,6 +6,9 @@ over N = n + r coordinates: n neurons, then r channels (inputs, or outputs of th
 Q = [B A], B lower block triangular, with blocks on the diagonal where a layer is implicit; E selects the channels;
 C0 = [C D]'[C D]. Z >= 0 implies t >= 0 where B has no diagonal blocks.
 
+With slopes [alpha, beta] the bracket is S_j = a_j b_j' + b_j a_j', a_j = e_j - alpha_j q_j, b_j = e_j - beta_j q_j. A change of
+variables would make them [0, 1], but would let every layer see all that lie before it.
+
 With `free` channels rho E becomes diag(rho_1, ..., rho_r) on the channels, and sum_k rho_k is minimised: the square of a bound
 from the inf-norm, since ||y||^2 <= sum_k rho_k x_k^2.
 """
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -24,9 +27,25 @@ from torch import Tensor
 from lipguard.errors import SolverFailed
 
 
+def fill(rows: Sequence[Iterable[int]], out: Iterable[int]) -> tuple[list[tuple[int, list[int]]], set[tuple[int, int]]]:
+    """The pattern of the elimination from the sources that every layer and the output read.
+
+    Returns:
+        For every layer from the last to the first the sources it meets, and all blocks (i, j), j <= i, that fill in.
+    """
+    felt = list(out)
+    pairs = {(i, j) for i in felt for j in felt if j <= i}
+    shapes = []
+    for k in reversed(range(len(rows))):
+        sources = sorted({j for j in rows[k] if j < k} | {j for i, j in pairs if i == k and j < k})
+        pairs |= {(i, j) for i in sources for j in sources if j <= i}
+        shapes.append((k, sources))
+    return shapes, pairs
+
+
 @dataclass(frozen=True, eq=False)
 class SlopeProgram:
-    """A LipSDP with all slopes in [0, 1].
+    """A LipSDP.
 
     Attributes:
         sizes: neurons of each layer.
@@ -36,8 +55,9 @@ class SlopeProgram:
         out: [C D] by source: `out[l]` (m, n_l) and `out[-1]` (m, r); C0 = [C D]'[C D].
         groups: index of the multiplier of each neuron, (n,); None for one each. A group lies within one layer.
         weights: s, the fixed factor between a neuron's multiplier and its group's, (n,); None for ones.
-        free: one rho for each channel.
         scaling: for an implicit layer k, T > 0 (n_k,) with 2T - T B_kk - B_kk'T > 0; ones where none is given.
+        free: one rho for each channel.
+        slopes: alpha and beta, each (n,); None for 0 and 1, as they are where a layer is implicit.
     """
 
     sizes: tuple[int, ...]
@@ -48,6 +68,7 @@ class SlopeProgram:
     weights: Tensor | None = None
     scaling: Mapping[int, Tensor] = field(default_factory=dict)
     free: bool = False
+    slopes: tuple[Tensor, Tensor] | None = None
 
     @property
     def neurons(self) -> int:
@@ -68,13 +89,21 @@ class SlopeProgram:
         places = {k: slice(a, b) for k, (a, b) in enumerate(itertools.pairwise(ends))}
         return places | {-1: slice(ends[-1], ends[-1] + self.channels)}
 
+    @cached_property
+    def fronts(self) -> list[tuple[int, int]]:
+        """(n, m) of every layer's front, from the last layer to the first: its neurons and the coordinates they meet."""
+        size = dict(enumerate(self.sizes)) | {-1: self.channels}
+        shapes, _ = fill(self.rows, self.out)
+        return [(size[k], sum(size[j] for j in front)) for k, front in shapes]
+
     def to(self, dtype: torch.dtype) -> SlopeProgram:
         """The same program in another precision."""
         rows = tuple({s: b.to(dtype) for s, b in row.items()} for row in self.rows)
         out = {s: b.to(dtype) for s, b in self.out.items()}
         weights = None if self.weights is None else self.weights.to(dtype)
         scaling = {k: t.to(dtype) for k, t in self.scaling.items()}
-        return SlopeProgram(self.sizes, self.channels, rows, out, self.groups, weights, scaling, self.free)
+        slopes = None if self.slopes is None else (self.slopes[0].to(dtype), self.slopes[1].to(dtype))
+        return SlopeProgram(self.sizes, self.channels, rows, out, self.groups, weights, scaling, self.free, slopes)
 
     @cached_property
     def options(self) -> dict[str, torch.dtype | torch.device]:
@@ -95,6 +124,31 @@ class SlopeProgram:
             c0[self.slices[i], self.slices[j]] = block
             c0[self.slices[j], self.slices[i]] = block.T
         return c0
+
+    @cached_property
+    def middle(self) -> Tensor | None:
+        """alpha + beta, the factor of e q' + q e' in -S_j; None for 1."""
+        return None if self.slopes is None else self.slopes[0] + self.slopes[1]
+
+    @cached_property
+    def bends(self) -> Tensor | None:
+        """2 alpha beta, the factor of q q' in S_j; None where all are 0."""
+        if self.slopes is None:
+            return None
+        product = 2 * self.slopes[0] * self.slopes[1]
+        return product if bool(product.any()) else None
+
+    def coupled(self, t: Tensor, k: int) -> Tensor:
+        """t (alpha + beta) of layer k from t of layer k."""
+        return t if self.middle is None else t * self.middle[self.slices[k]]
+
+    def bent(self, t: Tensor, k: int) -> dict[tuple[int, int], Tensor]:
+        """The blocks (i, j), j <= i, of sum_j t_j 2 alpha_j beta_j q_j q_j' over layer k, from t of layer k."""
+        if self.bends is None:
+            return {}
+        weights = (t * self.bends[self.slices[k]])[:, None]
+        row = self.rows[k]
+        return {(i, j): left.T @ (weights * right) for i, left in row.items() for j, right in row.items() if j <= i}
 
     def spread(self, tau: Tensor) -> Tensor:
         """Multipliers of the neurons from those of the groups."""
@@ -134,9 +188,13 @@ class SlopeProgram:
             here = self.slices[k]
             for source, block in row.items():
                 there = self.slices[source]
-                part = t[here, None] * block
+                part = self.coupled(t[here], k)[:, None] * block
                 z[here, there] -= part
                 z[there, here] -= part.T
+            for (i, j), part in self.bent(t[here], k).items():
+                z[self.slices[i], self.slices[j]] += part
+                if i != j:
+                    z[self.slices[j], self.slices[i]] += part.T
         diagonal = z.diagonal()
         diagonal[: self.neurons] += 2 * t
         diagonal[self.neurons :] += rho
@@ -152,7 +210,13 @@ class SlopeProgram:
         for k, row in enumerate(self.rows):
             here = self.slices[k]
             for source, block in row.items():
-                s[here] -= (block * y[here, self.slices[source]]).sum(1)
+                s[here] -= self.coupled((block * y[here, self.slices[source]]).sum(1), k)
+        if self.bends is not None:
+            rest = self.q(y.T)
+            for k, row in enumerate(self.rows):
+                here = self.slices[k]
+                for source, block in row.items():
+                    s[here] += self.bends[here] / 2 * (block * rest[here, self.slices[source]]).sum(1)
         e = y.diagonal()[self.neurons :]
         return 2 * s, e if self.free else e.sum(0, keepdim=True)
 
@@ -260,7 +324,7 @@ class SlopeProgram:
             for j in (-1, *range(k)):
                 cross = s.get((k, j))
                 if j in self.rows[k]:
-                    coupling = t[:, None] * self.rows[k][j]
+                    coupling = self.coupled(t, k)[:, None] * self.rows[k][j]
                     cross = coupling if cross is None else cross + coupling
                 if cross is not None:
                     # L^-1 X as (X' L^-T)': LAPACK's layout without a copy, at half the time.
@@ -269,6 +333,8 @@ class SlopeProgram:
                 for j, right in felt.items():
                     if j <= i:
                         add(i, j, left.T @ right)
+            for (i, j), block in self.bent(t, k).items():
+                add(i, j, -block)
         return Elimination(s.get((-1, -1)), factors, solved)
 
 

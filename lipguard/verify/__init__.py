@@ -17,6 +17,7 @@ from lipguard.certificate import (
     Magnitudes,
     Multipliers,
     Partition,
+    Product,
     Slopes,
     SolverReport,
     WeightedMultipliers,
@@ -29,6 +30,7 @@ from lipguard.verify.local import check_local_multipliers, check_slopes
 from lipguard.verify.magnitudes import check_magnitudes
 from lipguard.verify.multipliers import check_multipliers
 from lipguard.verify.partition import check_partition
+from lipguard.verify.split import check_product
 from lipguard.verify.weighted import check_weighted
 from lipguard.verify.witness import check_witness
 
@@ -64,6 +66,8 @@ def verify(network: Network, certificate: Certificate) -> Certificate:
             value = check_witness(network, evidence, certificate.norm, certificate.domain)
         case Partition():
             value = check_partition(network, evidence, certificate.norm, certificate.domain)
+        case Product():
+            value = check_product(network, evidence, certificate.norm)
         case SolverReport():
             raise NotCertified(f"the value {certificate.value:g} rests on {evidence.solver}'s word alone: it stays approximate.")
     side = "lower" if isinstance(evidence, Witness) else "upper"

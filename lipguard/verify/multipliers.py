@@ -18,6 +18,7 @@ all slopes D, and z exists and is unique (`lipguard.network.implicit`). Where R 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,8 @@ from lipguard.certificate import Multipliers
 from lipguard.errors import NotCertified
 from lipguard.network import Activation, Affine, Coupled, Implicit, Index, Input, Network, Operator, Sum
 from lipguard.rounding import TINY, UNIT, gamma, proves_positive_definite, sqrt_up, up
+from lipguard.verify.elimination import blocks, flops, prove_rho
+from lipguard.verify.enclosed import Enclosed
 from lipguard.verify.matrix_norm import frobenius_bound
 from lipguard.verify.rewriting import neuron_nodes, slope_ends, slope_restricted, tie
 
@@ -37,16 +40,14 @@ _THINNEST = 1e-6
 """A slope interval thinner than this is widened to it: a superset, and a multiplier can stay finite."""
 
 
-@dataclass(frozen=True)
-class Enclosed:
-    """A matrix known up to an entrywise radius (None: exactly)."""
+_CLOSE, _WIDEST = 1e-6, 1.1
+"""A proved rho within _CLOSE of the proposed one ends the search for a better proof; up to _WIDEST times it is accepted."""
 
-    center: Tensor
-    radius: Tensor | None = None
+_LARGEST_DENSE = 30_000
+"""Order up to which one dense matrix is formed (7 GB)."""
 
-    def magnitude(self) -> Tensor:
-        """Upper bound of the absolute values."""
-        return self.center.abs() if self.radius is None else (self.center.abs() + self.radius) * (1 + 2.0**-52)
+_OVERHEAD = 1e7
+"""What handling a front costs beside its arithmetic, in floating-point operations."""
 
 
 class Block(NamedTuple):
@@ -106,15 +107,52 @@ def check_multipliers(network: Network, evidence: Multipliers, norm: tuple[float
     if t.numel() != form.neurons:
         raise NotCertified(f"{t.numel()} multipliers are given for {form.neurons} neurons.")
     t = tie(network, torch.where(t.isfinite(), t, torch.zeros_like(t)).clamp_min(0))
+    least = math.inf
+    for way in _ways(form, t, evidence.rho):
+        try:
+            least = min(least, way())
+        except NotCertified:
+            continue
+        if least <= evidence.rho * (1 + _CLOSE):
+            break
+    if not least <= up(evidence.rho * _WIDEST):
+        raise NotCertified(
+            f"the LMI is not provably positive semidefinite at rho = {evidence.rho:.6g}, nor at a rho 10 % larger."
+        )
+    return sqrt_up(least)
+
+
+def _ways(form: Form, t: Tensor, rho: float) -> list[Callable[[], float]]:
+    """Proofs of a rho for these multipliers, the cheapest first: by one dense matrix, or by fronts from either end."""
+    order = form.neurons + (form.inputs if bool(form.alpha.any()) else 0)
+    ways: list[tuple[float, Callable[[], float]]] = []
+    backwards = blocks(form)
+    # An implicit layer is proved in one matrix with all others.
+    chain = not any(k in row for k, row in enumerate(backwards.rows))
+    if order <= _LARGEST_DENSE or not chain:
+        ways.append((order**3 / 3, lambda: _dense_rho(form, t, rho)))
+    if form.neurons and chain:
+        forwards = backwards.transposed()
+        # The multipliers of J' are rho / (t (beta - alpha)^2) where both inequalities hold; any positive ones may be tried.
+        mirrored = (rho / (t * (form.beta - form.alpha) ** 2)).nan_to_num(0.0, 0.0)
+        # Of two orders the one that ends at fewer coordinates is the one in which the multipliers were found.
+        late = backwards.outputs < backwards.sizes[-1]
+        for b, multipliers, second in ((backwards, t, late), (forwards, mirrored, not late)):
+            cost = flops(b) + _OVERHEAD * len(b.places)
+            ways.append((cost * (1 + second), lambda b=b, m=multipliers: prove_rho(form, b, m)))
+    return [way for _, way in sorted(ways, key=lambda pair: pair[0])]
+
+
+def _dense_rho(form: Form, t: Tensor, proposed: float) -> float:
     prove = prover(form, t)
     # The test needs the smallest eigenvalue above about n^2 u; a rho closer than that to the least one cannot be proved.
     inflation = 32 * max(form.neurons, 1) ** 2 * UNIT
     while inflation < 0.1:
-        rho = up(evidence.rho * (1 + inflation))
+        rho = up(proposed * (1 + inflation))
         if rho > 0 and prove(rho):
-            return sqrt_up(rho)
+            return rho
         inflation *= 8
-    raise NotCertified(f"the LMI is not provably positive semidefinite at rho = {evidence.rho:.6g}, nor at a rho 10 % larger.")
+    raise NotCertified("the LMI is not provably positive semidefinite.")
 
 
 def prover(form: Form, t: Tensor) -> Callable[[float], bool]:

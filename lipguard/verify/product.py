@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lipguard.network import Activation, Affine, Coupled, Diagonal, Implicit, Index, Input, Network, Sum
+from lipguard.network.graph import sources
 from lipguard.rounding import gamma, sqrt_up, up
 from lipguard.verify.matrix_norm import times
 
@@ -39,7 +40,7 @@ class Reading:
 
 def product_bound(network: Network, factors: Mapping[int, float], p: float) -> float:
     """Upper bound of the constant from p to p, from an upper bound of every other node's own constant."""
-    readers = Counter(source for node in network.nodes for source in _sources(node))
+    readers = Counter(source for node in network.nodes for source in sources(node))
     readings: list[dict[int, Reading]] = []
     written: list[Tensor | None] = []
     for i, node in enumerate(network.nodes):
@@ -151,9 +152,3 @@ def _union(masks: Sequence[Tensor | None]) -> Tensor | None:
             return None
         total = mask if total is None else total | mask
     return None if total is None or bool(total.all()) else total
-
-
-def _sources(node: object) -> tuple[int, ...]:
-    if isinstance(node, Affine | Activation | Implicit | Coupled):
-        return (node.source,)
-    return node.sources if isinstance(node, Sum) else ()

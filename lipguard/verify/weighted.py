@@ -18,13 +18,13 @@ arXiv:2203.01212.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 
 from lipguard.certificate import Multipliers, Part, WeightedMultipliers
 from lipguard.errors import NotCertified
-from lipguard.network import Activation, Affine, Coupled, Diagonal, Implicit, Index, Input, Network, Node, Operator, Sum
+from lipguard.network import Affine, Diagonal, Index, Input, Network, Node, Operator
+from lipguard.network.graph import moved
 from lipguard.rounding import TINY, UNIT, sqrt_up, sum_up, up
 from lipguard.verify.matrix_norm import times
 from lipguard.verify.multipliers import check_multipliers
@@ -85,18 +85,7 @@ def _between(network: Network, inward: Operator | None, outward: Operator | None
     """x -> outward(network(inward(x))). Affine maps of the input are multiplied out, so that sparse ones cost nothing."""
     nodes: list[Node] = list(network.nodes)
     if inward is not None:
-        nodes = [Input(inward.shape[1]), Affine(0, inward, None, "inputs"), *(_moved(node) for node in nodes[1:])]
+        nodes = [Input(inward.shape[1]), Affine(0, inward, None, "inputs"), *(moved(node, lambda s: s + 1) for node in nodes[1:])]
     if outward is not None:
         nodes.append(Affine(len(nodes) - 1, outward, None, "outputs"))
     return Network(tuple(nodes))
-
-
-def _moved(node: Node) -> Node:
-    """The node, one place further behind."""
-    match node:
-        case Sum():
-            return replace(node, sources=tuple(s + 1 for s in node.sources))
-        case Affine() | Activation() | Implicit() | Coupled():
-            return replace(node, source=node.source + 1)
-        case Input():
-            raise NotCertified("a network has one input, its first node.")
