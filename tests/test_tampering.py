@@ -152,7 +152,7 @@ def certificate(document: dict, kind: str) -> dict:
 
 
 def lower_value(document):
-    certificate(document, "multipliers")["value"] *= 0.999
+    certificate(document, "local-multipliers")["value"] *= 0.999
 
 
 def raise_value(document):
@@ -160,11 +160,11 @@ def raise_value(document):
 
 
 def nudge_value(document):
-    certificate(document, "multipliers")["value"] *= 1 + 2**-52
+    certificate(document, "local-multipliers")["value"] *= 1 + 2**-52
 
 
 def both_values(document):
-    chosen = certificate(document, "multipliers")
+    chosen = certificate(document, "local-multipliers")
     chosen["value"] *= 0.99
     document["enclosure"]["upper"] = chosen["value"]
 
@@ -174,11 +174,11 @@ def enclosure(document):
 
 
 def rho(document):
-    certificate(document, "multipliers")["evidence"]["rho"] *= 0.9
+    certificate(document, "local-multipliers")["evidence"]["rho"] *= 0.9
 
 
 def multiplier(document):
-    encoded = certificate(document, "multipliers")["evidence"]["t"]
+    encoded = certificate(document, "local-multipliers")["evidence"]["t"]
     values = torch.frombuffer(bytearray(base64.b64decode(encoded["base64"])), dtype=torch.float64)
     values[0] *= 0.5
     encoded["base64"] = base64.b64encode(values.numpy().tobytes()).decode()
@@ -196,7 +196,7 @@ def side(document):
 
 
 def norm(document):
-    certificate(document, "multipliers")["norm"] = ["1.0", "1.0"]
+    certificate(document, "local-multipliers")["norm"] = ["1.0", "1.0"]
 
 
 def every_norm(document):
@@ -215,7 +215,7 @@ def smaller_domain(document):
 
 
 def digest(document):
-    certificate(document, "multipliers")["digest"] = "0" * 64
+    certificate(document, "local-multipliers")["digest"] = "0" * 64
 
 
 def rigor(document):
