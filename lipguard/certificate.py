@@ -54,7 +54,10 @@ def _vector(value: float | Sequence[float] | Tensor, size: int, what: str) -> Te
 
 @dataclass(frozen=True, eq=False)
 class Box:
-    """Inputs with lower <= x <= upper, entry by entry; numbers are spread over all inputs."""
+    """Inputs with lower <= x <= upper, entry by entry; numbers are spread over all inputs.
+
+    For `lipguard.bound` ends of shape (B, ...), B > 1, stand for B boxes.
+    """
 
     lower: float | Sequence[float] | Tensor
     upper: float | Sequence[float] | Tensor
@@ -112,7 +115,8 @@ class Box:
 class Ball:
     """Inputs with ||x - center||_norm <= radius, of which only those in `box` count, where one is given.
 
-    The box is that of all inputs there are, [0, 1] for images: it holds the centre.
+    The box is that of all inputs there are, [0, 1] for images: it holds the centre. For `lipguard.bound` a centre of shape
+    (B, ...), B > 1, stands for B balls.
     """
 
     center: float | Sequence[float] | Tensor

@@ -28,13 +28,13 @@ from lipguard.verify.localized import Localized, chunk_size, localize
 BATCHED = 400
 """Order of a program up to which the batched method is used: beyond, the structured one is faster, one by one."""
 
-_ENTRIES = 4_000_000
-"""Entries of the matrix inequalities that are solved at once: 32 MB for each of some twenty arrays."""
+_ENTRIES = 500_000
+"""Entries of the matrix inequalities that are solved at once: 4 MB for each of some twenty arrays, measured fastest."""
 
-_LARGEST = 200_000_000
-"""Entries of Q up to which a network is localised: 1.6 GB, twice with the magnitudes."""
+_LARGEST = 50_000_000
+"""Entries of Q up to which a network is localised: 0.4 GB, for each of some six arrays."""
 
-_MOSTLY_FREE = 0.9
+_MOSTLY_FREE = 0.5
 """Share of the slopes' widths from which the local program is about the global one, which is then solved as well."""
 
 

@@ -83,9 +83,9 @@ def localize(network: Network, domains: Sequence[Domain]) -> Localized:
 
 def chunk_size(network: Network) -> int:
     """Domains to treat at once."""
-    n = network.neurons
-    largest = max(network.sizes)
-    return max(1, min(256, ENTRIES // max(1, n * (n + network.inputs)), ENTRIES // (2 * largest * largest)))
+    n, largest = network.neurons, max(network.sizes)
+    entries = max(1, n * (n + network.inputs), 2 * network.outputs * largest, 2 * largest * min(largest, 1024))
+    return max(1, min(256, ENTRIES // entries))
 
 
 def _eliminate(form: Form, sizes: list[int], alpha: Tensor, beta: Tensor, terms: int) -> Localized:
