@@ -193,6 +193,22 @@ class Multipliers:
 
 
 @dataclass(frozen=True, eq=False)
+class ChannelMultipliers:
+    """Multipliers t >= 0 of a convolutional network on a torus, and the squared bound they should prove.
+
+    Attributes:
+        t: by activation node, one for each channel of an image, or for each neuron of a vector; by affine node or sum, one
+            for each channel of a mask that sets its value to zero outside the window.
+        rho: the squared bound.
+        grid: length of the torus along each axis, in the shifts that all its grids have in common.
+    """
+
+    t: dict[int, Tensor]
+    rho: float
+    grid: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Witness:
     """A point and a direction: ||J(point) direction|| / ||direction|| bounds the constant from below."""
 
@@ -235,7 +251,7 @@ class Partition:
     value: float
 
 
-Evidence = Factors | Multipliers | Witness | Partition | SolverReport
+Evidence = Factors | Multipliers | ChannelMultipliers | Witness | Partition | SolverReport
 
 
 @dataclass(frozen=True, eq=False)

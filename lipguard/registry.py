@@ -47,6 +47,7 @@ METHODS: dict[str, Entry] = {
         Entry("spectral", "lipguard.bounds.spectral:Spectral"),
         Entry("lipsdp-neuron", "lipguard.bounds.semidefinite:Semidefinite", {"tied": False}),
         Entry("lipsdp-layer", "lipguard.bounds.semidefinite:Semidefinite", {"tied": True}),
+        Entry("lipsdp-channel", "lipguard.bounds.channel:Channel"),
         Entry("sampling", "lipguard.bounds.sampling:Sampling"),
     )
 }

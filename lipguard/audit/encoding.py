@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lipguard.certificate import (
     Certificate,
+    ChannelMultipliers,
     Evidence,
     Factors,
     Leaf,
@@ -130,6 +131,9 @@ def _evidence_json(evidence: Evidence) -> dict[str, Any]:
             return {"kind": "factors", "norms": {str(node): float(norm) for node, norm in evidence.norms.items()}}
         case Multipliers():
             return {"kind": "multipliers", "t": to_plain(evidence.t), "rho": float(evidence.rho)}
+        case ChannelMultipliers():
+            t = {str(node): to_plain(values) for node, values in evidence.t.items()}
+            return {"kind": "channel-multipliers", "t": t, "rho": float(evidence.rho), "grid": list(evidence.grid)}
         case Witness():
             return {"kind": "witness", "point": to_plain(evidence.point), "direction": to_plain(evidence.direction)}
         case Partition():
@@ -145,6 +149,9 @@ def _evidence(value: Mapping[str, Any]) -> Evidence:
             return Factors({int(node): float(norm) for node, norm in value["norms"].items()})
         case "multipliers":
             return Multipliers(from_plain(value["t"]), float(value["rho"]))
+        case "channel-multipliers":
+            t = {int(node): from_plain(values) for node, values in value["t"].items()}
+            return ChannelMultipliers(t, float(value["rho"]), tuple(int(m) for m in value["grid"]))
         case "witness":
             return Witness(from_plain(value["point"]), from_plain(value["direction"]))
         case "partition":
