@@ -200,12 +200,12 @@ class ChannelMultipliers:
         t: by activation node, one for each channel of an image, or for each neuron of a vector; by affine node or sum, one
             for each channel of a mask that sets its value to zero outside the window.
         rho: the squared bound.
-        grid: length of the torus along each axis, in the shifts that all its grids have in common.
+        sides: by node that is an image on the torus, the length of its grid along each axis.
     """
 
     t: dict[int, Tensor]
     rho: float
-    grid: tuple[int, ...]
+    sides: dict[int, tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)

@@ -133,7 +133,8 @@ def _evidence_json(evidence: Evidence) -> dict[str, Any]:
             return {"kind": "multipliers", "t": to_plain(evidence.t), "rho": float(evidence.rho)}
         case ChannelMultipliers():
             t = {str(node): to_plain(values) for node, values in evidence.t.items()}
-            return {"kind": "channel-multipliers", "t": t, "rho": float(evidence.rho), "grid": list(evidence.grid)}
+            sides = {str(node): list(side) for node, side in evidence.sides.items()}
+            return {"kind": "channel-multipliers", "t": t, "rho": float(evidence.rho), "sides": sides}
         case Witness():
             return {"kind": "witness", "point": to_plain(evidence.point), "direction": to_plain(evidence.direction)}
         case Partition():
@@ -151,7 +152,8 @@ def _evidence(value: Mapping[str, Any]) -> Evidence:
             return Multipliers(from_plain(value["t"]), float(value["rho"]))
         case "channel-multipliers":
             t = {int(node): from_plain(values) for node, values in value["t"].items()}
-            return ChannelMultipliers(t, float(value["rho"]), tuple(int(m) for m in value["grid"]))
+            sides = {int(node): tuple(int(m) for m in side) for node, side in value["sides"].items()}
+            return ChannelMultipliers(t, float(value["rho"]), sides)
         case "witness":
             return Witness(from_plain(value["point"]), from_plain(value["direction"]))
         case "partition":

@@ -77,7 +77,7 @@ class Channel:
             start = None if state is None else problem.to_program(state.t, state.rho)
             tau, rho, steps = Search(tol=max(self.tol, 2e-3))(problem.program, start, deadline)
             # What the first front, the last one and the sums between lose to rounding is proved with less than this.
-            evidence = ChannelMultipliers(problem.to_network(tau, rho), rho, torus.grid)
+            evidence = ChannelMultipliers(problem.to_network(tau, rho), rho, torus.sides)
             proposed = Certificate(math.sqrt(rho), "upper", query.norm, query.domain, network.digest, "lipsdp-channel", evidence)
             found = replace(verify(network, proposed), details={"iterations": steps, "product": product.value})
             warm = WarmChannels(evidence.t, evidence.rho)

@@ -115,6 +115,11 @@ class Torus:
         """Length of a node's torus along each axis; () for a vector."""
         return tuple(m * p for m, p in zip(self.grid, self._phases[i], strict=True)) if self.shapes[i] else ()
 
+    @property
+    def sides(self) -> dict[int, tuple[int, ...]]:
+        """Length of the torus of every image along each axis."""
+        return {i: self._side(i) for i in self._phases}
+
     def _size(self, i: int) -> int:
         """Components of a node's value at one frequency of its blocks."""
         shape = self.shapes[i]

@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from lipguard.certificate import Certificate, Factors, Multipliers, Partition, SolverReport, Witness
+from lipguard.certificate import Certificate, ChannelMultipliers, Factors, Multipliers, Partition, SolverReport, Witness
 from lipguard.errors import NotCertified
 from lipguard.network import Network
+from lipguard.verify.channel import check_channels
 from lipguard.verify.factors import check_factors
 from lipguard.verify.multipliers import check_multipliers
 from lipguard.verify.partition import check_partition
@@ -40,6 +41,8 @@ def verify(network: Network, certificate: Certificate) -> Certificate:
             value = check_factors(network, evidence, certificate.norm)
         case Multipliers():
             value = check_multipliers(network, evidence, certificate.norm)
+        case ChannelMultipliers():
+            value = check_channels(network, evidence, certificate.norm)
         case Witness():
             value = check_witness(network, evidence, certificate.norm, certificate.domain)
         case Partition():
