@@ -32,8 +32,8 @@ def bound(
     Args:
         model: a module, read in eval mode and left as it is, or a captured `Network`.
         example: a batch of inputs, (batch, ...), any values; not needed for a `Network`.
-        method: "lipsdp-neuron" (the default for norm 2), "lipsdp-layer", "spectral" (the default else), or "sampling",
-            the only lower bound; or a name registered by another package.
+        method: "lipsdp-neuron" (the default for norm 2), "lipsdp-layer", "lipsdp-channel" (convolutional networks of any
+            size), "spectral" (the default else), or "sampling", the only lower bound; or a name registered by another package.
         norm: 1, 2, inf, or a pair (input norm, output norm).
         domain: `Box`, `Ball` or None for all inputs. Upper bounds hold for all inputs, and so for every domain.
         solver: of the LipSDP methods: "auto", "interior-point", "first-order", "scs", "clarabel", "cvxopt", "mosek".

@@ -14,7 +14,8 @@ from lipguard.bounds.spectral import Spectral
 from lipguard.certificate import Certificate, ChannelMultipliers, Query
 from lipguard.errors import NotCertified, SolverFailed, UnsupportedQuery
 from lipguard.network import Network
-from lipguard.network.torus import Blocks, Layer, Torus
+from lipguard.network.torus import Layer, Torus
+from lipguard.network.torus_blocks import Blocks, blocks
 from lipguard.solvers.frequency import FrequencyProgram, Search
 from lipguard.verify import verify
 
@@ -113,7 +114,7 @@ class _Problem:
         self.torus, self.layers = torus, torus.layers
         self.slopes = [_slopes(layer) for layer in self.layers]
         self.transposed = torus.forward
-        rows, out = self._unit_slopes(*torus.blocks())
+        rows, out = self._unit_slopes(*blocks(torus))
         count = len(self.layers)
         index = range(count)
         # From the coarsest level to the finest: no layer is computed from one behind it.
@@ -151,9 +152,7 @@ class _Problem:
     def to_network(self, tau: Tensor, rho: float) -> dict[int, Tensor]:
         """Multipliers of the network's own slopes by node."""
         own = rho / tau if self.transposed else tau
-        return {
-            self.layers[k].node: own[span] / self.slopes[k][1] ** 2 for k, span in zip(self.order, self.spans, strict=True)
-        }
+        return {self.layers[k].node: own[span] / self.slopes[k][1] ** 2 for k, span in zip(self.order, self.spans, strict=True)}
 
     def to_program(self, t: dict[int, Tensor], rho: float) -> Tensor | None:
         """The program's multipliers from the network's; None where they are of another network."""

@@ -22,7 +22,9 @@ def shapes(network: Network) -> tuple[Shape | None, ...]:
     """
     found: list[Shape | None] = [None] * len(network.nodes)
     sizes = network.sizes
-    dims = max((len(n.operator.large) for n in network.nodes if isinstance(n, Affine) and isinstance(n.operator, Conv)), default=0)
+    dims = max(
+        (len(n.operator.large) for n in network.nodes if isinstance(n, Affine) and isinstance(n.operator, Conv)), default=0
+    )
 
     def learn(i: int, shape: Shape | None) -> bool:
         if shape is None or found[i] is not None or math.prod(shape) != sizes[i]:
@@ -50,8 +52,10 @@ def shapes(network: Network) -> tuple[Shape | None, ...]:
                 case Affine(source=source, operator=Diagonal()) | Activation(source=source):
                     changed |= learn(i, found[source]) | learn(source, found[i])
                 case Sum(sources=sources):
-                    changed |= any([learn(i, found[s]) for s in sources])
-                    changed |= any([learn(s, found[i]) for s in sources])
+                    for s in sources:
+                        changed |= learn(i, found[s]) | learn(s, found[i])
+                    for s in sources:
+                        changed |= learn(s, found[i])
                 case _:
                     pass
     return tuple(found)

@@ -23,9 +23,8 @@ from torch import Tensor
 
 from lipguard.errors import UnsupportedQuery
 from lipguard.network import Activation, Affine, Conv, Input, Network, Sum
-from lipguard.network.images import Shape, as_convolution, shapes
+from lipguard.network.images import as_convolution, shapes
 
-Blocks = dict[int, Tensor]
 _REMEDY = "Use method='lipsdp-neuron' or 'spectral', or bound a submodule."
 
 
@@ -84,6 +83,9 @@ class Torus:
         levels: from the finest to the coarsest.
         layers: activations and masks in topological order.
         ends: levels and components of the input and of the output.
+        edges: the affine nodes between images, as convolutions; None for those from a vector to an image.
+        blocks: by image, number of blocks of its grid along each axis.
+        place: index of a node's layer.
     """
 
     def __init__(self, network: Network) -> None:
@@ -99,43 +101,44 @@ class Torus:
         self.dims = max(len(s) for s in self.shapes if s) - 1
         self.spread = (self.shapes[0] is not None, self.shapes[-1] is not None)
         self._check_order()
-        self._edges = self._wanted()
+        self.edges = self._wanted()
         self._phases = self._find_phases()
         self._needed = self._supports()
         self.grid = self._grid()
         self.forward = self.spread[0] and (not self.spread[1] or self._cost(True) <= self._cost(False))
-        self._blocks = self._find_blocks(self.forward)
+        self.blocks = self._find_blocks(self.forward)
         self.levels = self._levels()
         self.layers = tuple(self._layers())
-        self._place = {layer.node: k for k, layer in enumerate(self.layers)}
+        self.place = {layer.node: k for k, layer in enumerate(self.layers)}
         last = len(self.shapes) - 1
-        self.ends = tuple((self._level(i), self._size(i)) for i in (0, last))
+        self.ends = tuple((self.level(i), self.size(i)) for i in (0, last))
 
-    def _side(self, i: int) -> tuple[int, ...]:
+    def side(self, i: int) -> tuple[int, ...]:
         """Length of a node's torus along each axis; () for a vector."""
         return tuple(m * p for m, p in zip(self.grid, self._phases[i], strict=True)) if self.shapes[i] else ()
 
     @property
     def sides(self) -> dict[int, tuple[int, ...]]:
         """Length of the torus of every image along each axis."""
-        return {i: self._side(i) for i in self._phases}
+        return {i: self.side(i) for i in self._phases}
 
-    def _size(self, i: int) -> int:
+    def size(self, i: int) -> int:
         """Components of a node's value at one frequency of its blocks."""
         shape = self.shapes[i]
-        return self.network.sizes[i] if shape is None else shape[0] * math.prod(self._side(i)) // math.prod(self._blocks[i])
+        return self.network.sizes[i] if shape is None else shape[0] * math.prod(self.side(i)) // math.prod(self.blocks[i])
 
-    def _level(self, i: int) -> int:
-        blocks = self._blocks[i] if self.shapes[i] else ()
+    def level(self, i: int) -> int:
+        """Index of the level on which a node's value lives."""
+        blocks = self.blocks[i] if self.shapes[i] else ()
         return next(k for k, level in enumerate(self.levels) if level.blocks == blocks)
 
     def _find_blocks(self, forward: bool) -> dict[int, tuple[int, ...]]:
         """Number of blocks of every image along each axis: the common divisor of its grid and all that were met before."""
         order = sorted(self._phases, reverse=not forward)
         blocks: dict[int, tuple[int, ...]] = {}
-        divisor = self._side(order[0])
+        divisor = self.side(order[0])
         for i in order:
-            divisor = tuple(math.gcd(a, b) for a, b in zip(divisor, self._side(i), strict=True))
+            divisor = tuple(math.gcd(a, b) for a, b in zip(divisor, self.side(i), strict=True))
             blocks[i] = divisor
         return blocks
 
@@ -145,16 +148,16 @@ class Torus:
             shape = self.shapes[i]
             assert shape is not None
             if isinstance(self.network.nodes[i], Activation):
-                total += math.prod(blocks) * (shape[0] * math.prod(self._side(i)) / math.prod(blocks)) ** 3
+                total += math.prod(blocks) * (shape[0] * math.prod(self.side(i)) / math.prod(blocks)) ** 3
         return total
 
     def _levels(self) -> tuple[Level, ...]:
-        chain = sorted(set(self._blocks.values()), reverse=True)
+        chain = sorted(set(self.blocks.values()), reverse=True)
         device = self.network.device
         levels: list[Level] = []
         if not all(self.spread) or not all(self.shapes[i] for i in self.network.activations):
-            levels.append(Level((), torch.zeros(1, 0, dtype=torch.int64, device=device), torch.ones(1, dtype=torch.float64, device=device),
-                                torch.zeros(0, dtype=torch.int64, device=device)))  # fmt: skip
+            none = torch.zeros(1, 0, dtype=torch.int64, device=device)
+            levels.append(Level((), none, torch.ones(1, dtype=torch.float64, device=device), none[0]))
         index: dict[tuple[int, ...], int] = {(): 0}
         for k in reversed(range(len(chain))):
 
@@ -182,7 +185,7 @@ class Torus:
         first = self.spread[0]
         for i, node in enumerate(self.network.nodes):
             kind = self.shapes[i] is not None
-            passed[i] = any(passed[s] or ((self.shapes[s] is not None) == first != kind) for s in _sources(node))
+            passed[i] = any(passed[s] or ((self.shapes[s] is not None) == first != kind) for s in sources_of(node))
             if passed[i] and kind == first:
                 raise UnsupportedQuery(
                     f"{node.name or f'node {i}'}: {'an image' if kind else 'a vector'} is computed from "
@@ -214,7 +217,7 @@ class Torus:
                         f"{node.name or f'node {i}'}: {type(node.operator).__name__} from {before} to {shape} does not treat all "
                         f"places of the image alike, so that frequencies mix. {_REMEDY}"
                     )
-            todo += _sources(node)
+            todo += sources_of(node)
         self._seen = seen
         return edges
 
@@ -232,11 +235,11 @@ class Torus:
         for i in images:
             node = nodes[i]
             if isinstance(node, Affine):
-                conv = self._edges[i]
+                conv = self.edges[i]
                 if conv is not None:
                     link(node.source, i, tuple(Fraction(1, s) if conv.transposed else Fraction(s) for s in conv.stride))
             elif not isinstance(node, Input):
-                for s in _sources(node):
+                for s in sources_of(node):
                     if self.shapes[s]:
                         link(s, i, same)
         strides: dict[int, tuple[Fraction, ...]] = {}
@@ -255,7 +258,7 @@ class Torus:
                         raise UnsupportedQuery(
                             f"{nodes[j].name or f'node {j}'}: images of different strides are added. {_REMEDY}"
                         )
-        result: dict[int, tuple[int, ...]] = {i: () for i in images}
+        result: dict[int, tuple[int, ...]] = dict.fromkeys(images, ())
         for axis in range(self.dims):
             finest = min(s[axis] for s in strides.values())
             ratios = {i: s[axis] / finest for i, s in strides.items()}
@@ -271,7 +274,7 @@ class Torus:
         needed: set[int] = set()
         for i in reversed(range(len(self.network.nodes))):
             node = self.network.nodes[i]
-            conv = self._edges.get(i)
+            conv = self.edges.get(i)
             if isinstance(node, Affine) and conv is not None and (_reads_outside(conv) or (i in needed and _pointwise(conv))):
                 needed.add(node.source)
             if isinstance(node, Sum) and i in needed:
@@ -280,7 +283,7 @@ class Torus:
 
     def _masked(self, i: int) -> bool:
         """Whether the value of this affine node needs a mask of its own."""
-        conv = self._edges.get(i)
+        conv = self.edges.get(i)
         return i in self._needed and conv is not None and not _pointwise(conv)
 
     def _grid(self) -> tuple[int, ...]:
@@ -288,12 +291,12 @@ class Torus:
         grid = []
         for axis in range(self.dims):
             least = max(-(-self.shapes[i][1 + axis] // p[axis]) for i, p in self._phases.items())  # type: ignore[index]
-            for i, conv in self._edges.items():
+            for i, conv in self.edges.items():
                 if conv is None:
                     continue
                 node = self.network.nodes[i]
                 assert isinstance(node, Affine)
-                n, m, s, p, d, k = _axis(conv, axis)
+                n, m, s, p, d, k = axis_of(conv, axis)
                 large = self._phases[i if conv.transposed else node.source][axis]
                 longest = max(n + p, s * (m - 1) + d * (k - 1) - p + 1)
                 least = max(least, -(-longest // large))
@@ -307,7 +310,7 @@ class Torus:
             if isinstance(node, Activation):
                 alpha, beta = (s.to(network.device, torch.float64).expand(network.sizes[i]) for s in node.function.slopes)
                 if shape is None:
-                    layers.append(Layer(i, node.source, network.sizes[i], alpha, beta, self._level(i)))
+                    layers.append(Layer(i, node.source, network.sizes[i], alpha, beta, self.level(i)))
                     continue
                 alpha, beta = alpha.reshape(shape[0], -1).amin(1), beta.reshape(shape[0], -1).amax(1)
                 if i in self._needed:
@@ -318,7 +321,7 @@ class Torus:
                 beta, source = alpha + 1, i
             else:
                 continue
-            layers.append(Layer(i, source, shape[0], alpha, beta, self._level(i), self._size(i) // shape[0]))
+            layers.append(Layer(i, source, shape[0], alpha, beta, self.level(i), self.size(i) // shape[0]))
         return layers
 
     def descent(self, fine: int, coarse: int) -> Tensor:
@@ -328,174 +331,8 @@ class Torus:
             index = level.down[index]
         return index
 
-    def blocks(self) -> tuple[list[Blocks], Blocks]:
-        """Pre-activations of every layer, and the output, in terms of the input (-1) and the layers.
 
-        Returns:
-            By layer and source, (F, components, components of the source) at the frequencies of the finer of the two levels:
-            complex, or real between vectors, whose F is 1. An image's components are orthonormal discrete Fourier transforms.
-        """
-        walk = _Walk(self)
-        last = len(self.shapes) - 1
-        return [walk.pre(layer) for layer in self.layers], walk.value(last)
-
-
-class _Walk:
-    """Values in terms of the input and the layers."""
-
-    def __init__(self, torus: Torus) -> None:
-        self.torus = torus
-        self._known: dict[int, Blocks] = {}
-
-    def pre(self, layer: Layer) -> Blocks:
-        """What the layer is applied to."""
-        if layer.source == layer.node:
-            return self._linear(layer.node)
-        value = self.value(layer.source)
-        return self._moved(value, layer.source, layer.node) if self.torus.shapes[layer.node] else value
-
-    def value(self, i: int) -> Blocks:
-        """A node's value."""
-        torus = self.torus
-        if torus.shapes[i] is None:
-            return self._vector(i, torch.eye(torus.network.sizes[i], dtype=torch.float64, device=torus.network.device))
-        if i == 0 or i in torus._place:
-            kind = torch.complex128
-            eye = torch.eye(torus._size(i), dtype=kind, device=torus.network.device)
-            return {torus._place.get(i, -1): eye.expand(len(torus.levels[torus._level(i)].counts), -1, -1)}
-        return self._linear(i)
-
-    def _linear(self, i: int) -> Blocks:
-        if i in self._known:
-            return self._known[i]
-        torus, node = self.torus, self.torus.network.nodes[i]
-        result: Blocks = {}
-        if isinstance(node, Sum):
-            for source in node.sources:
-                for s, block in self._moved(self.value(source), source, i).items():
-                    result[s] = result[s] + block if s in result else block
-        else:
-            assert isinstance(node, Affine)
-            conv = torus._edges[i]
-            if conv is None:
-                for s, block in self._vector(node.source, node.operator.dense()).items():
-                    result[s] = self._spectrum(block[0].T, i).mH
-            else:
-                result = self._after(conv, node.source, i)
-        self._known[i] = result
-        return result
-
-    def _after(self, conv: Conv, source: int, i: int) -> Blocks:
-        """The convolution of a value."""
-        torus = self.torus
-        small, large = (source, i) if conv.transposed else (i, source)
-        level = torus.levels[min(torus._level(source), torus._level(i))]
-        matrix = symbol(conv, level.frequencies, *((torus._side(j), torus._blocks[j]) for j in (small, large)))
-        matrix = matrix.mH if conv.transposed else matrix
-        if source == 0 or source in torus._place:
-            return {torus._place.get(source, -1): matrix}
-        return self._product(matrix, source, i, self.value(source))
-
-    def _moved(self, value: Blocks, source: int, i: int) -> Blocks:
-        """A value with the components of another node's blocks."""
-        torus = self.torus
-        shape = torus.shapes[source]
-        if shape is None or torus._blocks[source] == torus._blocks[i]:
-            return value
-        one = (1,) * torus.dims
-        weight = torch.ones(shape[0], 1, *one, dtype=torch.float64, device=torus.network.device)
-        identity = Conv(weight, shape[1:], shape[1:], one, (0,) * torus.dims, one, shape[0])
-        level = torus.levels[min(torus._level(source), torus._level(i))]
-        matrix = symbol(identity, level.frequencies, *((torus._side(j), torus._blocks[j]) for j in (i, source)))
-        return self._product(matrix, source, i, value)
-
-    def _product(self, matrix: Tensor, middle: int, i: int, value: Blocks) -> Blocks:
-        """matrix (from `middle` to i) times a value of `middle`, each at the finer frequencies of its two ends."""
-        torus = self.torus
-        first = min(torus._level(middle), torus._level(i))
-        result: Blocks = {}
-        for s, block in value.items():
-            second = min(torus.layers[s].level if s >= 0 else torus._level(0), torus._level(middle))
-            finest = min(first, second)
-            result[s] = matrix[torus.descent(finest, first)] @ block[torus.descent(finest, second)]
-        return result
-
-    def _vector(self, i: int, rows: Tensor) -> Blocks:
-        """rows times the value of node i, a vector."""
-        torus, nodes = self.torus, self.torus.network.nodes
-        waiting: dict[int, Tensor] = {i: rows}
-        result: Blocks = {}
-        for j in range(i, -1, -1):
-            if j not in waiting:
-                continue
-            node, matrix = nodes[j], waiting.pop(j)
-            if isinstance(node, Input | Activation):
-                result[torus._place.get(j, -1)] = matrix[None] if torus.shapes[j] is None else self._spectrum(matrix, j)
-                continue
-            # What a mask would take away lies outside the window: only the window is read here.
-            matrix = node.operator.transpose()(matrix) if isinstance(node, Affine) else matrix
-            for s in _sources(node):
-                waiting[s] = waiting[s] + matrix if s in waiting else matrix
-        return result
-
-    def _spectrum(self, rows: Tensor, i: int) -> Tensor:
-        """Rows over the pixels of a node's window, as rows over its components at every frequency, (F, rows, components)."""
-        torus = self.torus
-        count, shape, blocks, side = len(rows), torus.shapes[i], torus._blocks[i], torus._side(i)
-        assert shape is not None
-        full = rows.new_zeros(count, shape[0], *side)
-        full[(slice(None), slice(None), *(slice(n) for n in shape[1:]))] = rows.reshape(count, *shape)
-        parts = [n for b, m in zip(blocks, side, strict=True) for n in (b, m // b)]
-        steps = [2 + 2 * axis for axis in range(torus.dims)]
-        waves = torch.fft.ifftn(full.reshape(count, shape[0], *parts), dim=steps, norm="ortho")
-        waves = waves.permute(*steps, 0, *(s + 1 for s in steps), 1)
-        frequencies = torus.levels[torus._level(i)].frequencies
-        return waves[tuple(frequencies.T)].reshape(len(frequencies), count, -1)
-
-
-Grid = tuple[tuple[int, ...], tuple[int, ...]]
-"""Length of a torus along each axis, and its number of blocks."""
-
-
-def symbol(conv: Conv, frequencies: Tensor, small: Grid, large: Grid) -> Tensor:
-    """What a convolution does at the frequencies (F, dims) of the finer blocks: (F, components of small, of large), complex.
-
-    With T = length / blocks, place T q + b of the small side reads place s (T q + b) + d t - p = T' q' + c of the large side.
-    Let B be the larger number of blocks and q = q0 + (blocks / smaller number) q1: a wave exp(2 pi i f q' / blocks') of component c
-    gives component b, averaged over q0 where the small side has the finer blocks, the factor
-    exp(2 pi i f (a / blocks' - q0 / blocks)) / sqrt(B / smaller number), a = q' at q = q0. Components are ordered (place, channel).
-    """
-    weight = conv.weight.detach().to(torch.complex128)
-    few, many = conv.channels
-    width, rows = weight.shape[1], few // conv.groups
-    axes, scale = [], 1.0
-    for axis in range(len(conv.large)):
-        _, _, stride, padding, dilation, kernel = _axis(conv, axis)
-        (step, blocks), (other, others) = ((side[axis] // b[axis], b[axis]) for side, b in (small, large))
-        finest = max(blocks, others)
-        scale *= min(blocks, others) / finest
-        terms = []
-        for start, b, t in product(range(max(1, blocks // others)), range(step), range(kernel)):
-            a, c = divmod(stride * (step * start + b) + dilation * t - padding, other)
-            turns = (frequencies[:, axis] * (a * (finest // others) - start * (finest // blocks))).remainder(finest)
-            angle = turns.to(torch.float64) * (2 * math.pi / finest)
-            terms.append((b, t, c, torch.polar(torch.ones_like(angle), angle)))
-        axes.append((terms, step, other))
-    shape = [math.prod(step for _, step, _ in axes), few, math.prod(other for _, _, other in axes), many]
-    result = weight.new_zeros(len(frequencies), *shape)
-    for taps in product(*(terms for terms, _, _ in axes)):
-        b = c = 0
-        turn = torch.full_like(result[:, 0, 0, 0, 0], math.sqrt(scale))
-        for (place, _, there, factor), (_, step, other) in zip(taps, axes, strict=True):
-            b, c, turn = b * step + place, c * other + there, turn * factor
-        kernel = weight[(slice(None), slice(None), *(t for _, t, _, _ in taps))]
-        for g in range(conv.groups):
-            own = slice(g * rows, (g + 1) * rows)
-            result[:, b, own, c, g * width : (g + 1) * width] += turn[:, None, None] * kernel[own]
-    return result.flatten(3).flatten(1, 2)
-
-
-def _axis(conv: Conv, axis: int) -> tuple[int, int, int, int, int, int]:
+def axis_of(conv: Conv, axis: int) -> tuple[int, int, int, int, int, int]:
     """Large and small size, stride, padding, dilation and kernel along an axis."""
     return (
         conv.large[axis], conv.small[axis], conv.stride[axis], conv.padding[axis], conv.dilation[axis],
@@ -506,7 +343,7 @@ def _axis(conv: Conv, axis: int) -> tuple[int, int, int, int, int, int]:
 def _reads_outside(conv: Conv) -> bool:
     """Whether an entry of the result's window reads a place outside the window of what is read."""
     for axis in range(len(conv.large)):
-        n, m, s, p, d, k = _axis(conv, axis)
+        n, m, s, p, d, k = axis_of(conv, axis)
         if not conv.transposed:
             if p > 0 or s * (m - 1) + d * (k - 1) - p >= n:
                 return True
@@ -524,7 +361,8 @@ def _pointwise(conv: Conv) -> bool:
     return all(n == 1 for n in ones) and not any(conv.padding) and conv.large == conv.small
 
 
-def _sources(node: object) -> tuple[int, ...]:
+def sources_of(node: object) -> tuple[int, ...]:
+    """The nodes that a node reads."""
     if isinstance(node, Affine | Activation):
         return (node.source,)
     return node.sources if isinstance(node, Sum) else ()

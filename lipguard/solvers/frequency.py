@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -23,8 +23,6 @@ from lipguard.errors import SolverFailed
 from lipguard.solvers.first_order import Smoothed, lbfgs
 
 Blocks = Mapping[int, Tensor]
-
-_STAGES = (4.0, 16.0, 64.0, 256.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +52,15 @@ class FrequencyProgram:
         """Number of multipliers."""
         return 1 + max(int(g.max()) for g in self.groups)
 
+    def single(self) -> FrequencyProgram:
+        """The program in single precision."""
+
+        def cast(blocks: Blocks) -> Blocks:
+            return {s: b.to(torch.complex64 if b.is_complex() else torch.float32) for s, b in blocks.items()}
+
+        rows, counts = tuple(cast(row) for row in self.rows), tuple(c.float() for c in self.counts)
+        return replace(self, rows=rows, out=cast(self.out), counts=counts)
+
     def descent(self, fine: int, coarse: int) -> Tensor:
         """Index of each frequency's remainder on a coarser level."""
         index = torch.arange(len(self.counts[fine]), device=self.counts[fine].device)
@@ -67,12 +74,13 @@ class FrequencyProgram:
             return block
         counts, index = self.counts[coarse], self.descent(fine, coarse)
         if self.vectors and coarse == len(self.counts) - 1:
-            return torch.tensordot(self.counts[fine], block.real, dims=([0], [0]))[None]
+            return torch.einsum("f,fij->ij", self.counts[fine], block.real)[None]
+        total = block.new_zeros(len(counts), *block.shape[1:]).index_add_(0, index, block)
         # g = -g gathers f and -f, whose blocks are conjugate: f alone is held, and counts twice.
-        own = counts[index] == 1
-        alone = (block.real * self.counts[fine][:, None, None]).to(block.dtype)
-        part = torch.where(own[:, None, None], alone, block) if bool(own.any()) else block
-        return block.new_zeros(len(counts), *block.shape[1:]).index_add_(0, index, part)
+        own = ((counts[index] == 1) & (self.counts[fine] == 2)).nonzero()[:, 0]
+        if len(own):
+            total.index_add_(0, index[own], block[own].conj())
+        return total
 
     def eliminate(self, multipliers: Callable[[int, Tensor | None], Tensor]) -> Elimination:
         """Eliminate all layers from C0 - sum_j t_j S_j, from the last to the first.
@@ -225,14 +233,16 @@ class Search:
     """Options of the search.
 
     Attributes:
-        tol: a stage ends when ten steps lower log rho by less than this.
+        tol: a stage ends when five steps lower log rho by less than this.
         memory: pairs kept by L-BFGS.
         max_iterations: steps at most, over all stages.
+        stages: Schatten exponents, and the share of all steps used up when each stage ends.
     """
 
-    tol: float = 1e-3
+    tol: float = 2e-3
     memory: int = 60
-    max_iterations: int = 1000
+    max_iterations: int = 250
+    stages: Mapping[float, float] = field(default_factory=lambda: {8.0: 0.8, 64.0: 1.0})
 
     def __call__(
         self, program: FrequencyProgram, start: Tensor | None = None, deadline: float = math.inf
@@ -248,23 +258,31 @@ class Search:
         """
         with torch.no_grad():
             best, rho = program.interior() if start is None else program.interior(start, margin=0.5)
-            x, used = best.log(), 0
-            for p in _STAGES:
+            part = program.single()
+            x, used, found = best.log().float(), 0, {math.inf: best.log().float()}
+            for p, share in self.stages.items():
 
                 def function(y: Tensor, p: float = p) -> Smoothed | None:
-                    nonlocal best, rho
-                    found = program.smoothed(y, p)
-                    if found is not None and found.largest < rho:
-                        best, rho = y.exp(), found.largest
-                    return found
+                    value = part.smoothed(y, p)
+                    if value is not None and value.largest < min(found):
+                        found.clear()
+                        found[value.largest] = y
+                    return value
 
-                def ends(values: list[float]) -> bool:
-                    late = time.perf_counter() > deadline or used + len(values) > self.max_iterations
-                    return late or (len(values) > 10 and values[-11] - values[-1] < self.tol)
+                def ends(values: list[float], limit: float = share * self.max_iterations - used) -> bool:
+                    late = time.perf_counter() > deadline or len(values) > limit
+                    return late or (len(values) > 5 and values[-6] - values[-1] < self.tol)
 
-                x, steps = lbfgs(function, x, self.memory, ends, preconditioned=p > _STAGES[0])
+                x, steps = lbfgs(function, x, self.memory, ends, preconditioned=used > 0)
                 used += steps
-            return best, rho, used
+            # What single precision believes inside the cone may be outside by as little.
+            tau = next(iter(found.values())).to(best).exp()
+            for scale in (1.0, 1 + 1e-6, 1 + 1e-4):
+                value = program.least_rho(tau * scale)
+                if value < rho:
+                    return tau * scale, value, used
+            pulled, value = program.interior(tau, margin=1e-3)
+            return (pulled, value, used) if value < rho else (best, rho, used)
 
 
 def _largest_eigenvalue(s: Tensor) -> float:
@@ -273,7 +291,7 @@ def _largest_eigenvalue(s: Tensor) -> float:
     value = 0.0
     for _ in range(12):
         length = torch.linalg.vector_norm(v, dim=1, keepdim=True)
-        v = s @ (v / length.clamp_min(1e-300))
+        v = s @ (v / length.clamp_min(torch.finfo(length.dtype).tiny))
         value = float(torch.linalg.vector_norm(v, dim=1).max())
     # Power iteration approaches from below; 5 % cover the rest except where the top eigenvalues crowd together.
     return 1.05 * value

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,8 +28,8 @@ from lipguard.network import Network
 from lipguard.rounding import TINY, UNIT, gamma, prove_positive_definite, sqrt_up, sum_up, up
 from lipguard.verify.torus_form import TorusForm, Variable, finer
 
-_CHUNK = 2**24
-"""Numbers in a batch of fronts."""
+_CHUNK = 2**19
+"""Numbers in a batch of fronts: a few megabytes, so that it stays in the cache."""
 
 _SLACKS = (1.0, 1e3, 1e6)
 """Multiples of the rounding of the test by which the blocks left over are enlarged until it passes."""
@@ -144,9 +145,13 @@ class _Elimination:
         n = self.order[k].components
         sizes = [self.order[j].components for j in met]
         ends = [0, *torch.tensor(sizes).cumsum(0).tolist()]
-        spans = [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+        spans = [slice(a, b) for a, b in pairwise(ends)]
         floor = torch.cat([self.diagonal[j] for j in met])
-        total = math.prod(self.order[k].blocks)
+        # Signals are real: at -f everything is the conjugate of what it is at f, and one proof holds for both.
+        mirror = self.form.mirror(self.order[k].blocks)
+        index = torch.arange(len(mirror), device=mirror.device)
+        alone = index <= mirror
+        position = alone.to(torch.int64).cumsum(0) - 1
         radius = torch.zeros(n + ends[-1], n + ends[-1], dtype=torch.float64, device=floor.device)
         if own is not None:
             radius[:n, :n] = own.radius + torch.diag(2 * UNIT * (self.diagonal[k] + own.center.abs().amax(0).diagonal()))
@@ -154,11 +159,12 @@ class _Elimination:
         radius[n:, :n] = radius[:n, n:].T
         center = torch.cat([c.center for c in crosses], 2)
         parts: list[Tensor] = []
-        for chosen in torch.arange(total, device=floor.device).split(max(1, _CHUNK // (4 * (n + ends[-1]) ** 2))):
+        for chosen in index[alone].split(max(1, _CHUNK // (4 * (n + ends[-1]) ** 2))):
             pivot = torch.diag(self.diagonal[k]).to(center.dtype)
             pivot = pivot.expand(len(chosen), -1, -1) if own is None else pivot + own.center[chosen]
             parts.append(front(pivot, center[chosen], radius, floor))
-        left = torch.cat(parts)
+        left = torch.cat(parts)[position[torch.minimum(index, mirror)]]
+        left[~alone] = left[~alone].conj()
         for a, i in enumerate(met):
             for b, j in enumerate(met):
                 if j >= i:

@@ -10,39 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from torch import Tensor
 
 from lipguard.errors import NotCertified
 from lipguard.network import Activation, Affine, Conv, Input, Network, Sum
-from lipguard.network.images import as_convolution, shapes
+from lipguard.network.images import Shape, as_convolution, shapes
 from lipguard.rounding import UNIT, gamma
-
-Blocks = tuple[int, ...]
-"""Number of blocks of a torus along each axis; () for a vector."""
+from lipguard.verify.transforms import Blocks, Known, Torus, add, exact, finer, grid, spectrum, transform
 
 _THINNEST = 1e-6
 """A slope interval thinner than this is widened to it: a superset."""
-
-_PHASE = 64 * UNIT
-"""Error of a computed exp(i a): the angle, below 2 pi, is wrong by 4 units of it, its sine and cosine by a few more each."""
-
-
-@dataclass(frozen=True)
-class Known:
-    """A matrix for each of some frequencies: |true - center| <= error * size entrywise, |true| and |center| <= size.
-
-    Attributes:
-        center: (F, rows, columns), complex, or real where both sides are vectors.
-        size: (rows, columns), the same for all frequencies.
-        error: relative to `size`.
-    """
-
-    center: Tensor
-    size: Tensor
-    error: float
 
 
 @dataclass(frozen=True)
@@ -156,8 +135,8 @@ class TorusForm:
                 needed.update(node.sources)
             if not isinstance(node, Affine) or conv is None:
                 continue
-            if not _exact(conv, self.sides[node.source], self.sides[i], zeros=False):
-                if not _exact(conv, self.sides[node.source], self.sides[i], zeros=True):
+            if not exact(conv, self.sides[node.source], self.sides[i], zeros=False):
+                if not exact(conv, self.sides[node.source], self.sides[i], zeros=True):
                     raise NotCertified(f"node {i}: on a torus of sides {self.sides[node.source]} the window is read twice.")
                 needed.add(node.source)
             if own:
@@ -237,17 +216,20 @@ class TorusForm:
             total: dict[int, Known] = {}
             for source in node.sources:
                 for s, known in self._moved(self._value(source), source, i).items():
-                    total[s] = _sum(total[s], known) if s in total else known
+                    total[s] = add(total[s], known) if s in total else known
             return total
         if not isinstance(node, Affine):
             raise NotCertified(f"node {i} is an image that no layer computes.")
         conv = self.convs[i]
         if conv is None:
             parts = self._vector(node.source, node.operator.dense(), images=False)
-            turned = {s: self._spectrum(known.center[0].T, known.size.T, known.error, i) for s, known in parts.items()}
+            turned = {
+                s: spectrum(known.center[0].T, known.size.T, known.error, self._image(i), self._torus(i))
+                for s, known in parts.items()
+            }
             return {s: Known(known.center.mH, known.size.T, known.error) for s, known in turned.items()}
         small, large = (node.source, i) if conv.transposed else (i, node.source)
-        matrix = self._transform(conv, small, large)
+        matrix = transform(conv, self._torus(small), self._torus(large))
         if conv.transposed:
             matrix = Known(matrix.center.mH, matrix.size.T, matrix.error)
         return self._product(matrix, node.source, i, self._value(node.source))
@@ -261,7 +243,7 @@ class TorusForm:
         one, zero = (1,) * len(shape[1:]), (0,) * len(shape[1:])
         weight = torch.ones(shape[0], 1, *one, dtype=torch.float64, device=self.network.device)
         identity = Conv(weight, shape[1:], shape[1:], one, zero, one, shape[0])
-        return self._product(self._transform(identity, i, source), source, i, value)
+        return self._product(transform(identity, self._torus(i), self._torus(source)), source, i, value)
 
     def _product(self, matrix: Known, middle: int, i: int, value: dict[int, Known]) -> dict[int, Known]:
         result = {}
@@ -290,9 +272,9 @@ class TorusForm:
                     continue
                 if not images:
                     raise NotCertified(f"node {i}: an image is computed from a vector that was computed from images.")
-                part = self._spectrum(known.center[0], known.size, known.error, j)
+                part = spectrum(known.center[0], known.size, known.error, self._image(j), self._torus(j))
                 for s, one in self._product(part, j, i, self._value(j)).items():
-                    result[s] = _sum(result[s], one) if s in result else one
+                    result[s] = add(result[s], one) if s in result else one
                 continue
             if isinstance(node, Affine):
                 count = node.operator.shape[0] + 2
@@ -300,7 +282,7 @@ class TorusForm:
                 center = node.operator.transpose()(known.center)
                 known = Known(center, size, known.error * (1 + 8 * UNIT) + 2 * gamma(count))
             for s in _sources(node):
-                waiting[s] = _sum(waiting[s], known) if s in waiting else known
+                waiting[s] = add(waiting[s], known) if s in waiting else known
         return result
 
     def _through(self, known: Known, value: dict[int, Known], result: dict[int, Known]) -> dict[int, Known]:
@@ -311,7 +293,7 @@ class TorusForm:
             error = (known.error + part.error + known.error * part.error) * (1 + 8 * UNIT) + 4 * gamma(count)
             center = known.center.to(part.center.dtype) @ part.center
             one = Known(center, (known.size @ part.size) * (1 + 2 * gamma(count)), error)
-            found[s] = _sum(result[s], one) if s in result else one
+            found[s] = add(result[s], one) if s in result else one
         return found
 
     def fold(self, fine: Blocks, coarse: Blocks) -> Tensor:
@@ -319,131 +301,27 @@ class TorusForm:
         index = torch.zeros(math.prod(fine), dtype=torch.int64, device=self.network.device)
         if not coarse:
             return index
-        for numbers, m in zip(self._grid(fine).T, coarse, strict=True):
+        for numbers, m in zip(grid(fine, index.device).T, coarse, strict=True):
             index = index * m + numbers % m
         return index
 
-    def _grid(self, blocks: Blocks) -> Tensor:
-        return torch.tensor(list(product(*(range(m) for m in blocks))), device=self.network.device)
+    def mirror(self, blocks: Blocks) -> Tensor:
+        """The index of -f for every frequency f."""
+        index = torch.zeros(math.prod(blocks), dtype=torch.int64, device=self.network.device)
+        for numbers, m in zip(grid(blocks, index.device).T, blocks, strict=True):
+            index = index * m + (-numbers) % m
+        return index
 
-    def _transform(self, conv: Conv, small: int, large: int) -> Known:
-        """The matrix of a convolution on its tori, large to small, between unitary transforms by blocks.
+    def _torus(self, i: int) -> Torus:
+        return self.sides[i], self.blocks[i]
 
-        Along each axis and for each tap the matrix has a one where the small side's place i reads the large side's place r; its
-        transform is (1 / sqrt(b b')) sum over (i, r) of exp(2 pi i (f q' - f q)), i = T q + c, r = T' q' + c'.
-        """
-        finest = finer(self._blocks(small), self._blocks(large))
-        grid = self._grid(finest)
-        centers, sizes, longest = [], [], 1
-        for axis, (stride, padding, dilation) in enumerate(zip(conv.stride, conv.padding, conv.dilation, strict=True)):
-            near, far = self.sides[small][axis], self.sides[large][axis]
-            b, b_far = self.blocks[small][axis], self.blocks[large][axis]
-            step, step_far = near // b, far // b_far
-            f = torch.arange(finest[axis], device=grid.device)
-            taps, masses = [], []
-            for tap in range(conv.weight.shape[2 + axis]):
-                i = torch.arange(near, device=grid.device)
-                r = (stride * i + dilation * tap - padding) % far
-                q, q_far = i // step, r // step_far
-                # f q' / b' - f q / b as a multiple of 1 / (b b'), exact
-                turns = (f[:, None] * (q_far * b - q * b_far)) % (b * b_far)
-                angle = turns.to(torch.float64) * (2 * math.pi / (b * b_far))
-                waves = torch.complex(angle.cos(), angle.sin()) / math.sqrt(b * b_far)
-                cell = (i % step) * step_far + r % step_far
-                center = waves.new_zeros(len(f), step * step_far).index_add_(1, cell, waves)
-                counts = torch.bincount(cell, minlength=step * step_far).to(torch.float64) / math.sqrt(b * b_far)
-                taps.append(center.reshape(len(f), step, step_far)[grid[:, axis]])
-                masses.append(counts.reshape(step, step_far) * (1 + 4 * UNIT))
-                longest = max(longest, near)
-            centers.append(taps)
-            sizes.append(masses)
-        return self._with_kernel(conv, centers, sizes, 2 * _PHASE + 4 * gamma(longest + 8))
-
-    def _with_kernel(self, conv: Conv, centers: list[list[Tensor]], sizes: list[list[Tensor]], error: float) -> Known:
-        """sum over taps of the product of the axes' transforms and the kernel's matrix."""
-        weight = conv.weight.detach().to(torch.float64)
-        few, many = conv.channels
-        groups = torch.arange(few, device=weight.device) // (few // conv.groups)
-        columns = groups[:, None] * weight.shape[1] + torch.arange(weight.shape[1], device=weight.device)
-        center = size = None
-        for taps in product(*(range(k) for k in weight.shape[2:])):
-            own = weight[(slice(None), slice(None), *taps)]
-            kernel = weight.new_zeros(few, many).scatter_(1, columns, own)
-            wave, mass = centers[0][taps[0]], sizes[0][taps[0]]
-            for part, other, t in zip(centers[1:], sizes[1:], taps[1:], strict=True):
-                wave = (wave[:, :, None, :, None] * part[t][:, None, :, None, :]).flatten(1, 2).flatten(2, 3)
-                mass = torch.kron(mass, other[t])
-            term = wave[:, :, None, :, None] * kernel[None, None, :, None, :]
-            bound = mass[:, None, :, None] * kernel.abs()[None, :, None, :]
-            center = term if center is None else center.add_(term)
-            size = bound if size is None else size.add_(bound)
-        assert center is not None and size is not None
-        dims = len(centers)
-        count = math.prod(weight.shape[2:]) + 4 * dims + 8
-        total = dims * error * (1 + 1e-6) + 4 * gamma(count)
-        bound = size.flatten(2).flatten(0, 1) * (1 + 2 * gamma(count) + dims * error)
-        return Known(center.flatten(3).flatten(1, 2), bound, total)
-
-    def _spectrum(self, rows: Tensor, size: Tensor, error: float, i: int) -> Known:
-        """Rows over the window of an image, as rows over its components: (1 / sqrt(blocks)) sum over q of exp(2 pi i f q / b)."""
-        shape, side, blocks = self.shapes[i], self.sides[i], self.blocks[i]
+    def _image(self, i: int) -> Shape:
+        shape = self.shapes[i]
         assert shape is not None
-        count, dims = len(rows), len(side)
-
-        def spread(values: Tensor) -> Tensor:
-            full = values.new_zeros(count, shape[0], *side)
-            full[(slice(None), slice(None), *(slice(n) for n in shape[1:]))] = values.reshape(count, *shape)
-            parts = [n for b, m in zip(blocks, side, strict=True) for n in (b, m // b)]
-            return full.reshape(count, shape[0], *parts)
-
-        waves, mass = spread(rows).to(torch.complex128), spread(size)
-        for axis, b in enumerate(blocks):
-            f = torch.arange(b, device=rows.device)
-            angle = ((f[:, None] * f) % b).to(torch.float64) * (2 * math.pi / b)
-            turn = torch.complex(angle.cos(), angle.sin()) / math.sqrt(b)
-            waves = torch.tensordot(waves, turn, dims=([2 + 2 * axis], [1])).movedim(-1, 2 + 2 * axis)
-            mass = mass.sum(2 + 2 * axis, keepdim=True) / math.sqrt(b)
-        steps = [2 + 2 * axis for axis in range(dims)]
-        order = (*steps, 0, *(s + 1 for s in steps), 1)
-        center = waves.permute(order).reshape(math.prod(blocks), count, -1)
-        terms = sum(blocks) + 8 * dims
-        own = dims * (_PHASE + 4 * UNIT) * (1 + 1e-6) + 4 * gamma(terms)
-        bound = mass.permute(order).reshape(count, -1) * (1 + 2 * gamma(terms) + own)
-        return Known(center, bound, error * (1 + own) + own)
-
-
-def finer(a: Blocks, b: Blocks) -> Blocks:
-    """The larger of two numbers of blocks, one of which divides the other."""
-    return a if math.prod(a) >= math.prod(b) and a else b
-
-
-def _sum(a: Known, b: Known) -> Known:
-    return Known(a.center + b.center, (a.size + b.size) * (1 + 2 * UNIT), max(a.error, b.error) * (1 + 4 * UNIT) + 2 * UNIT)
+        return shape
 
 
 def _sources(node: object) -> tuple[int, ...]:
     if isinstance(node, Affine | Activation):
         return (node.source,)
     return node.sources if isinstance(node, Sum) else ()
-
-
-def _exact(conv: Conv, before: tuple[int, ...], after: tuple[int, ...], zeros: bool) -> bool:
-    """Whether the convolution on the tori agrees with the zero-padded one on the window of its result.
-
-    Place by place: where the small side's place i meets place r of the large side, r must be what it falls on; or one of the
-    two is outside its window, and then either the one that is computed is, or (`zeros`) the one that is read.
-    """
-    small, large = (before, after) if conv.transposed else (after, before)
-    for axis in range(len(conv.large)):
-        n, m, length, far = conv.large[axis], conv.small[axis], small[axis], large[axis]
-        for i, tap in product(range(length), range(conv.weight.shape[2 + axis])):
-            r = conv.stride[axis] * i + conv.dilation[axis] * tap - conv.padding[axis]
-            falls = r % far
-            near_in, far_in, true = i < m, falls < n, i < m and 0 <= r < n
-            if near_in and far_in and not (true and falls == r):
-                return False
-            read_in, computed_in = (near_in, far_in) if conv.transposed else (far_in, near_in)
-            if computed_in and not read_in and not zeros:
-                return False
-    return True
-
