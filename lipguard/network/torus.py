@@ -192,7 +192,11 @@ class Torus:
                     f"{'vectors behind images' if kind else 'images behind vectors'}, so that frequencies mix. {_REMEDY}"
                 )
         if not any(self.spread):
-            raise UnsupportedQuery(f"neither the input nor the output is an image. {_REMEDY}")
+            reader = next(n for n in self.network.nodes if 0 in sources_of(n))
+            raise UnsupportedQuery(
+                f"{reader.name or 'the first node'} reads the input as a vector, and the output is one: an image is "
+                f"needed at one end. {_REMEDY}"
+            )
 
     def _wanted(self) -> dict[int, Conv | None]:
         """The affine nodes that lead from image to image, as convolutions; None for those from vector to image."""
