@@ -310,6 +310,22 @@ class WeightedMultipliers:
 
 
 @dataclass(frozen=True, eq=False)
+class ChannelMultipliers:
+    """Multipliers t >= 0 of a convolutional network on a torus, and the squared bound they should prove.
+
+    Attributes:
+        t: by activation node, one for each channel of an image, or for each neuron of a vector; by affine node or sum, one
+            for each channel of a mask that sets its value to zero outside the window.
+        rho: the squared bound.
+        sides: by node that is an image on the torus, the length of its grid along each axis.
+    """
+
+    t: dict[int, Tensor]
+    rho: float
+    sides: dict[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True, eq=False)
 class Witness:
     """A point and a direction: ||J(point) direction|| / ||direction|| bounds the constant from below."""
 
@@ -367,6 +383,7 @@ Evidence = (
     | Slopes
     | Magnitudes
     | WeightedMultipliers
+    | ChannelMultipliers
     | Witness
     | Partition
     | Product

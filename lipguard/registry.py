@@ -50,6 +50,7 @@ METHODS: dict[str, Entry] = {
         Entry("lipsdp-layer", "lipguard.bounds.semidefinite:Semidefinite", {"tied": True}),
         Entry("contraction", "lipguard.bounds.implicit:Contraction"),
         Entry("lipsdp-split", "lipguard.bounds.split:Split"),
+        Entry("lipsdp-channel", "lipguard.bounds.channel:Channel"),
         Entry("sampling", "lipguard.bounds.sampling:Sampling"),
     )
 }

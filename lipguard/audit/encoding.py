@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lipguard.certificate import (
     Certificate,
+    ChannelMultipliers,
     Evidence,
     Factors,
     Leaf,
@@ -146,6 +147,10 @@ def _evidence_json(evidence: Evidence) -> dict[str, Any]:
         case WeightedMultipliers():
             parts = [{f.name: _field_json(getattr(part, f.name)) for f in fields(part)} for part in evidence.parts]
             return {"kind": "weighted-multipliers", "parts": parts}
+        case ChannelMultipliers():
+            t = {str(node): to_plain(values) for node, values in evidence.t.items()}
+            sides = {str(node): list(side) for node, side in evidence.sides.items()}
+            return {"kind": "channel-multipliers", "t": t, "rho": float(evidence.rho), "sides": sides}
         case Witness():
             return {"kind": "witness", "point": to_plain(evidence.point), "direction": to_plain(evidence.direction)}
         case Partition():
@@ -175,6 +180,10 @@ def _evidence(value: Mapping[str, Any]) -> Evidence:
             return Magnitudes({int(node): from_plain(y) for node, y in value["vectors"].items()})
         case "weighted-multipliers":
             return WeightedMultipliers(tuple(Part(**{name: _field(f) for name, f in part.items()}) for part in value["parts"]))
+        case "channel-multipliers":
+            t = {int(node): from_plain(values) for node, values in value["t"].items()}
+            sides = {int(node): tuple(int(m) for m in side) for node, side in value["sides"].items()}
+            return ChannelMultipliers(t, float(value["rho"]), sides)
         case "witness":
             return Witness(from_plain(value["point"]), from_plain(value["direction"]))
         case "partition":

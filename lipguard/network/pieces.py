@@ -33,5 +33,7 @@ def pieces(network: Network, cuts: Sequence[int]) -> tuple[Network, ...]:
     found = []
     for start, stop in itertools.pairwise(ends):
         first = network.nodes[0] if start == 0 else Input(network.sizes[start])
-        found.append(Network((first, *(moved(node, lambda s, start=start: s - start) for node in network.nodes[start + 1 : stop + 1]))))
+        found.append(
+            Network((first, *(moved(node, lambda s, start=start: s - start) for node in network.nodes[start + 1 : stop + 1])))
+        )
     return tuple(found)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from lipguard.certificate import (
     Certificate,
+    ChannelMultipliers,
     Factors,
     LocalMultipliers,
     Magnitudes,
@@ -25,6 +26,7 @@ from lipguard.certificate import (
 )
 from lipguard.errors import NotCertified
 from lipguard.network import Network
+from lipguard.verify.channel import check_channels
 from lipguard.verify.factors import check_factors
 from lipguard.verify.local import check_local_multipliers, check_slopes
 from lipguard.verify.magnitudes import check_magnitudes
@@ -62,6 +64,8 @@ def verify(network: Network, certificate: Certificate) -> Certificate:
             value = check_magnitudes(network, evidence, certificate.norm)
         case WeightedMultipliers():
             value = check_weighted(network, evidence, certificate.norm)
+        case ChannelMultipliers():
+            value = check_channels(network, evidence, certificate.norm)
         case Witness():
             value = check_witness(network, evidence, certificate.norm, certificate.domain)
         case Partition():

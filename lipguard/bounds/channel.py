@@ -1,0 +1,206 @@
+"""`lipsdp-channel`: LipSDP of convolutional and residual networks on a torus, one multiplier a channel."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lipguard.bounds.spectral import Spectral
+from lipguard.certificate import Certificate, ChannelMultipliers, Query
+from lipguard.errors import NotCertified, SolverFailed, UnsupportedQuery
+from lipguard.network import Network
+from lipguard.network.torus import Layer, Torus
+from lipguard.network.torus_blocks import Blocks, blocks
+from lipguard.solvers.frequency import FrequencyProgram, Search
+from lipguard.verify import verify
+
+_THINNEST = 1e-6
+"""Slope intervals thinner than this are widened to it, as the checker does."""
+
+_LARGEST = 6e9
+"""Bytes that the search may hold."""
+
+
+@dataclass(frozen=True, eq=False)
+class WarmChannels:
+    """What a later call can start from: the multipliers by node, and the rho they proved."""
+
+    t: dict[int, Tensor]
+    rho: float
+
+
+@dataclass(frozen=True)
+class Channel:
+    """LipSDP in the frequency domain, 2-norm to 2-norm.
+
+    Attributes:
+        granularity: one multiplier a channel (vectors: a neuron), or one a layer.
+        solver: "auto" or "first-order", the one there is.
+        tol: a stage of the search ends when five steps lower log rho by less than this, at least 2e-3.
+        time_limit: seconds for the search; the best multipliers found by then are proved.
+
+    Source: Fazlyab et al. 2019, arXiv:1906.04893, on the torus of `lipguard.network.torus`.
+    """
+
+    granularity: Literal["channel", "layer"] = "channel"
+    solver: str = "auto"
+    tol: float = 2e-3
+    time_limit: float | None = None
+
+    def __call__(
+        self, network: Network, query: Query, state: WarmChannels | None = None
+    ) -> tuple[Certificate, WarmChannels | None]:
+        """The verified bound; never above the product of the layers' norms.
+
+        Raises:
+            UnsupportedQuery: a norm other than 2, a part of the network that does not treat all places alike (the message
+                names it), or one too large.
+        """
+        began = time.perf_counter()
+        if query.norm != (2.0, 2.0):
+            raise UnsupportedQuery(
+                f"lipsdp-channel bounds the constant from 2-norm to 2-norm, not {query.norm}. Use method='spectral'."
+            )
+        if self.solver not in ("auto", "first-order"):
+            raise UnsupportedQuery(f"lipsdp-channel has one solver, 'first-order', not {self.solver!r}.")
+        product, _ = Spectral()(network, query)
+        torus = Torus(network)
+        _check_memory(torus)
+        deadline = math.inf if self.time_limit is None else began + self.time_limit
+        note, warm = "", None
+        try:
+            problem = _Problem(torus, self.granularity == "layer")
+            start = None if state is None else problem.to_program(state.t, state.rho)
+            tau, rho, steps = Search(tol=max(self.tol, 2e-3))(problem.program, start, deadline)
+            # What the first front, the last one and the sums between lose to rounding is proved with less than this.
+            evidence = ChannelMultipliers(problem.to_network(tau, rho), rho, torus.sides)
+            proposed = Certificate(math.sqrt(rho), "upper", query.norm, query.domain, network.digest, "lipsdp-channel", evidence)
+            found = replace(verify(network, proposed), details={"iterations": steps, "product": product.value})
+            warm = WarmChannels(evidence.t, evidence.rho)
+            if found.value <= product.value:
+                return replace(found, seconds=time.perf_counter() - began), warm
+            note = f"lipsdp-channel proves {found.value:.6g} only"
+        except (SolverFailed, NotCertified) as failure:
+            note = f"{type(failure).__name__}: {failure}"
+        note = f"{note}; the spectral product {product.value:.6g} stands"
+        return replace(product, note=note, seconds=time.perf_counter() - began), warm
+
+
+def _check_memory(torus: Torus) -> None:
+    # Pivot, factor and the blocks to one or two neighbours, of 16 bytes a number.
+    needed = 16.0 * 6 * sum(len(torus.levels[layer.level].counts) * layer.size**2 for layer in torus.layers)
+    if needed > _LARGEST:
+        worst = max(torus.layers, key=lambda layer: layer.size)
+        name = torus.network.nodes[worst.node].name or f"node {worst.node}"
+        raise UnsupportedQuery(
+            f"lipsdp-channel would hold about {needed / 1e9:.0f} GB: {name} has {worst.size} components at one frequency. Bound "
+            "submodules (the product of their bounds bounds the whole), or use method='spectral'."
+        )
+
+
+class _Problem:
+    """The program of a torus form and the relation of its multipliers to the network's.
+
+    Slopes [alpha, beta] become [0, 1] by w = alpha p + (beta - alpha) u. Vectors behind images make the transposed network
+    the program: there they come first.
+    """
+
+    def __init__(self, torus: Torus, tied: bool) -> None:
+        self.torus, self.layers = torus, torus.layers
+        self.slopes = [_slopes(layer) for layer in self.layers]
+        self.transposed = torus.forward
+        rows, out = self._unit_slopes(*blocks(torus))
+        count = len(self.layers)
+        index = range(count)
+        # From the coarsest level to the finest: no layer is computed from one behind it.
+        self.order = list(reversed(index)) if self.transposed else list(index)
+        self.order.sort(key=lambda k: -self.layers[k].level)
+        place = {k: new for new, k in enumerate(self.order)} | {-1: -1, count: count}
+        program: list[dict[int, Tensor]] = [{} for _ in range(count + 1)]
+        for k, row in enumerate([*rows, out]):
+            for source, block in row.items():
+                if not self.transposed:
+                    program[place[k]][place[source]] = block
+                else:
+                    there = -1 if k == count else place[k]
+                    program[place[source] if source >= 0 else count][there] = block.mH
+        groups, self.spans, end = [], [], 0
+        for k in self.order:
+            layer = self.layers[k]
+            size = 1 if tied else layer.channels
+            own = end + torch.arange(layer.channels, device=torus.network.device).clamp_max(size - 1)
+            groups.append(own.repeat(layer.places))
+            self.spans.append(own)
+            end += size
+        (first, _), (last, _) = torus.ends
+        outer = (first, last) if self.transposed else (last, first)
+        self.program = FrequencyProgram(
+            tuple(groups),
+            (*(self.layers[k].level for k in self.order), *outer),
+            tuple(program[:-1]),
+            program[-1],
+            tuple(level.counts for level in torus.levels),
+            tuple(level.down for level in torus.levels),
+            not torus.levels[-1].blocks,
+        )
+
+    def to_network(self, tau: Tensor, rho: float) -> dict[int, Tensor]:
+        """Multipliers of the network's own slopes by node."""
+        own = rho / tau if self.transposed else tau
+        return {self.layers[k].node: own[span] / self.slopes[k][1] ** 2 for k, span in zip(self.order, self.spans, strict=True)}
+
+    def to_program(self, t: dict[int, Tensor], rho: float) -> Tensor | None:
+        """The program's multipliers from the network's; None where they are of another network."""
+        if {node: len(values) for node, values in t.items()} != {layer.node: layer.channels for layer in self.layers}:
+            return None
+        tau = torch.ones(self.program.multipliers, dtype=torch.float64, device=self.program.counts[0].device)
+        for k, span in zip(self.order, self.spans, strict=True):
+            tau[span] = t[self.layers[k].node].to(tau) * self.slopes[k][1] ** 2
+        return rho / tau if self.transposed else tau
+
+    def _unit_slopes(self, rows: list[Blocks], out: Blocks) -> tuple[list[Blocks], Blocks]:
+        done: list[Blocks] = []
+
+        def substitute(blocks: Blocks, here: int) -> Blocks:
+            result: Blocks = {}
+            for source, block in blocks.items():
+                if source < 0:
+                    _add(result, source, block)
+                    continue
+                alpha, width = (s.repeat(self.layers[source].places) for s in self.slopes[source])
+                _add(result, source, block * width)
+                if bool(alpha.any()):
+                    for deeper, inner in done[source].items():
+                        _add(result, deeper, self._product(block * alpha, source, inner, deeper, here))
+            return result
+
+        levels = [layer.level for layer in self.layers]
+        for row, level in zip(rows, levels, strict=True):
+            done.append(substitute(row, level))
+        return done, substitute(out, self.torus.ends[1][0])
+
+    def _product(self, left: Tensor, middle: int, right: Tensor, source: int, here: int) -> Tensor:
+        """left (at the finer of the levels here and middle) times right (middle and source), at the finer of all."""
+        torus = self.torus
+        center = self.layers[middle].level
+        end = self.layers[source].level if source >= 0 else torus.ends[0][0]
+        first, second = min(here, center), min(center, end)
+        finest = min(first, second)
+        kind = torch.promote_types(left.dtype, right.dtype)
+        return left.to(kind)[torus.descent(finest, first)] @ right.to(kind)[torus.descent(finest, second)]
+
+
+def _slopes(layer: Layer) -> tuple[Tensor, Tensor]:
+    """alpha and beta - alpha by channel."""
+    thin = (layer.beta - layer.alpha) < _THINNEST
+    alpha = torch.where(thin, layer.alpha - _THINNEST / 2, layer.alpha)
+    return alpha, torch.where(thin, layer.beta + _THINNEST / 2, layer.beta) - alpha
+
+
+def _add(blocks: Blocks, source: int, block: Tensor) -> None:
+    blocks[source] = blocks[source] + block if source in blocks else block

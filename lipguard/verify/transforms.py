@@ -1,0 +1,160 @@
+"""Unitary transforms of convolutions on tori and of rows over a window, by their definition, with bounds of all errors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from lipguard.network import Conv
+from lipguard.network.images import Shape
+from lipguard.rounding import UNIT, gamma
+
+Blocks = tuple[int, ...]
+"""Number of blocks of a torus along each axis; () for a vector."""
+
+Torus = tuple[tuple[int, ...], Blocks]
+"""Length along each axis, and number of blocks."""
+
+_PHASE = 64 * UNIT
+"""Error of a computed exp(i a): the angle, below 2 pi, is wrong by 4 units of it, its sine and cosine by a few more each."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """A matrix for each of some frequencies: |true - center| <= error * size entrywise, |true| and |center| <= size.
+
+    Attributes:
+        center: (F, rows, columns), complex, or real where both sides are vectors.
+        size: (rows, columns), the same for all frequencies.
+        error: relative to `size`.
+    """
+
+    center: Tensor
+    size: Tensor
+    error: float
+
+
+def transform(conv: Conv, small: Torus, large: Torus) -> Known:
+    """The matrix of a convolution on its tori, large to small, between unitary transforms by blocks.
+
+    Along each axis and for each tap the matrix has a one where the small side's place i reads the large side's place r; its
+    transform is (1 / sqrt(b b')) sum over (i, r) of exp(2 pi i (f q' - f q)), i = T q + c, r = T' q' + c'.
+    """
+    finest = finer(small[1], large[1])
+    numbers = grid(finest, conv.device)
+    centers, sizes, longest = [], [], 1
+    for axis, (stride, padding, dilation) in enumerate(zip(conv.stride, conv.padding, conv.dilation, strict=True)):
+        (near, far), (b, b_far) = ((a[axis], c[axis]) for a, c in zip(small, large, strict=True))
+        step, step_far = near // b, far // b_far
+        f = torch.arange(finest[axis], device=numbers.device)
+        taps, masses = [], []
+        for tap in range(conv.weight.shape[2 + axis]):
+            i = torch.arange(near, device=numbers.device)
+            r = (stride * i + dilation * tap - padding) % far
+            q, q_far = i // step, r // step_far
+            # f q' / b' - f q / b as a multiple of 1 / (b b'), exact
+            turns = (f[:, None] * (q_far * b - q * b_far)) % (b * b_far)
+            angle = turns.to(torch.float64) * (2 * math.pi / (b * b_far))
+            waves = torch.complex(angle.cos(), angle.sin()) / math.sqrt(b * b_far)
+            cell = (i % step) * step_far + r % step_far
+            center = waves.new_zeros(len(f), step * step_far).index_add_(1, cell, waves)
+            counts = torch.bincount(cell, minlength=step * step_far).to(torch.float64) / math.sqrt(b * b_far)
+            taps.append(center.reshape(len(f), step, step_far)[numbers[:, axis]])
+            masses.append(counts.reshape(step, step_far) * (1 + 4 * UNIT))
+            longest = max(longest, near)
+        centers.append(taps)
+        sizes.append(masses)
+    return _with_kernel(conv, centers, sizes, 2 * _PHASE + 4 * gamma(longest + 8))
+
+
+def _with_kernel(conv: Conv, centers: list[list[Tensor]], sizes: list[list[Tensor]], error: float) -> Known:
+    """sum over taps of the product of the axes' transforms and the kernel's matrix."""
+    weight = conv.weight.detach().to(torch.float64)
+    few, many = conv.channels
+    groups = torch.arange(few, device=weight.device) // (few // conv.groups)
+    columns = groups[:, None] * weight.shape[1] + torch.arange(weight.shape[1], device=weight.device)
+    center = size = None
+    for taps in product(*(range(k) for k in weight.shape[2:])):
+        own = weight[(slice(None), slice(None), *taps)]
+        kernel = weight.new_zeros(few, many).scatter_(1, columns, own)
+        wave, mass = centers[0][taps[0]], sizes[0][taps[0]]
+        for part, other, t in zip(centers[1:], sizes[1:], taps[1:], strict=True):
+            wave = (wave[:, :, None, :, None] * part[t][:, None, :, None, :]).flatten(1, 2).flatten(2, 3)
+            mass = torch.kron(mass, other[t])
+        term = wave[:, :, None, :, None] * kernel[None, None, :, None, :]
+        bound = mass[:, None, :, None] * kernel.abs()[None, :, None, :]
+        center = term if center is None else center.add_(term)
+        size = bound if size is None else size.add_(bound)
+    assert center is not None and size is not None
+    dims = len(centers)
+    count = math.prod(weight.shape[2:]) + 4 * dims + 8
+    total = dims * error * (1 + 1e-6) + 4 * gamma(count)
+    bound = size.flatten(2).flatten(0, 1) * (1 + 2 * gamma(count) + dims * error)
+    return Known(center.flatten(3).flatten(1, 2), bound, total)
+
+
+def spectrum(rows: Tensor, size: Tensor, error: float, shape: Shape, torus: Torus) -> Known:
+    """Rows over the window of an image, as rows over its components: (1 / sqrt(blocks)) sum over q of exp(2 pi i f q / b)."""
+    side, blocks = torus
+    count, dims = len(rows), len(side)
+
+    def spread(values: Tensor) -> Tensor:
+        full = values.new_zeros(count, shape[0], *side)
+        full[(slice(None), slice(None), *(slice(n) for n in shape[1:]))] = values.reshape(count, *shape)
+        parts = [n for b, m in zip(blocks, side, strict=True) for n in (b, m // b)]
+        return full.reshape(count, shape[0], *parts)
+
+    waves, mass = spread(rows).to(torch.complex128), spread(size)
+    for axis, b in enumerate(blocks):
+        f = torch.arange(b, device=rows.device)
+        angle = ((f[:, None] * f) % b).to(torch.float64) * (2 * math.pi / b)
+        turn = torch.complex(angle.cos(), angle.sin()) / math.sqrt(b)
+        waves = (waves.movedim(2 + 2 * axis, -1) @ turn.T).movedim(-1, 2 + 2 * axis)
+        mass = mass.sum(2 + 2 * axis, keepdim=True) / math.sqrt(b)
+    steps = [2 + 2 * axis for axis in range(dims)]
+    order = (*steps, 0, *(s + 1 for s in steps), 1)
+    center = waves.permute(order).reshape(math.prod(blocks), count, -1)
+    terms = sum(blocks) + 8 * dims
+    own = dims * (_PHASE + 4 * UNIT) * (1 + 1e-6) + 4 * gamma(terms)
+    bound = mass.permute(order).reshape(count, -1) * (1 + 2 * gamma(terms) + own)
+    return Known(center, bound, error * (1 + own) + own)
+
+
+def grid(blocks: Blocks, device: torch.device) -> Tensor:
+    """All frequencies in row-major order, (F, dims)."""
+    return torch.tensor(list(product(*(range(m) for m in blocks))), dtype=torch.int64, device=device)
+
+
+def finer(a: Blocks, b: Blocks) -> Blocks:
+    """The larger of two numbers of blocks, one of which divides the other."""
+    return a if math.prod(a) >= math.prod(b) and a else b
+
+
+def add(a: Known, b: Known) -> Known:
+    """The sum."""
+    return Known(a.center + b.center, (a.size + b.size) * (1 + 2 * UNIT), max(a.error, b.error) * (1 + 4 * UNIT) + 2 * UNIT)
+
+
+def exact(conv: Conv, before: tuple[int, ...], after: tuple[int, ...], zeros: bool) -> bool:
+    """Whether the convolution on the tori agrees with the zero-padded one on the window of its result.
+
+    Place by place: where the small side's place i meets place r of the large side, r must be what it falls on; or one of the
+    two is outside its window, and then either the one that is computed is, or (`zeros`) the one that is read.
+    """
+    small, large = (before, after) if conv.transposed else (after, before)
+    for axis in range(len(conv.large)):
+        n, m, length, far = conv.large[axis], conv.small[axis], small[axis], large[axis]
+        for i, tap in product(range(length), range(conv.weight.shape[2 + axis])):
+            r = conv.stride[axis] * i + conv.dilation[axis] * tap - conv.padding[axis]
+            falls = r % far
+            near_in, far_in, true = i < m, falls < n, i < m and 0 <= r < n
+            if near_in and far_in and not (true and falls == r):
+                return False
+            read_in, computed_in = (near_in, far_in) if conv.transposed else (far_in, near_in)
+            if computed_in and not read_in and not zeros:
+                return False
+    return True
