@@ -18,7 +18,10 @@ __all__ = [
     "Certificate",
     "CheckpointAuditor",
     "Enclosure",
+    "LipschitzEarlyStopping",
     "LipschitzMonitor",
+    "LipschitzProjection",
+    "LipschitzRegularizer",
     "Network",
     "Query",
     "Tracker",
@@ -35,7 +38,10 @@ _HOMES = {
     "Certificate": "certificate",
     "CheckpointAuditor": "callbacks",
     "Enclosure": "certificate",
+    "LipschitzEarlyStopping": "callbacks",
     "LipschitzMonitor": "callbacks",
+    "LipschitzProjection": "callbacks",
+    "LipschitzRegularizer": "callbacks",
     "Network": "network",
     "Query": "certificate",
     "Tracker": "bounds.tracker",
@@ -49,7 +55,13 @@ _HOMES = {
 if TYPE_CHECKING:
     from lipguard.bounds import bound
     from lipguard.bounds.tracker import Tracker
-    from lipguard.callbacks import CheckpointAuditor, LipschitzMonitor
+    from lipguard.callbacks import (
+        CheckpointAuditor,
+        LipschitzEarlyStopping,
+        LipschitzMonitor,
+        LipschitzProjection,
+        LipschitzRegularizer,
+    )
     from lipguard.certificate import Ball, Box, Certificate, Enclosure, Query
     from lipguard.exact import exact
     from lipguard.network import Network

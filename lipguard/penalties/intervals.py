@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lipguard.certificate import Ball, Box, Domain
+from lipguard.certificate import Ball, Domain
 from lipguard.network import Activation, Affine, Conv, Dense, Diagonal, Index, Input, Network, Operator, Sum
 
 Interval = tuple[Tensor, Tensor]
