@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LipschitzRegularizer"]
 
-_STUCK = 200
+_STUCK = 100
 """Steps with the largest weight and a bound that does not fall after which a target is said to be out of reach."""
 
 Unpack = Callable[[Any], tuple[Tensor | None, Tensor | None]]
@@ -366,8 +366,8 @@ class LipschitzRegularizer(Callback):
             self._warned.add("stuck")
             warnings.warn(
                 f"LipschitzRegularizer: target={self.target:g} seems out of reach: for {_STUCK} steps the weight has stood at "
-                f"its largest, {self.controller.weight:g}, and the bound does not fall below {bound:.6g}. Ask for a larger target, "
-                "or look for layers that are frozen or normalised.",
+                f"its largest, {self.controller.weight:g}, and the bound does not fall below {bound:.6g}. Ask for a larger "
+                "target, or look for layers that are frozen or normalised.",
                 stacklevel=3,
             )
 

@@ -97,7 +97,9 @@ class Target(Controller):
             return
         low, high = math.log(self.least), math.log(self.most)
         error = log_bound - math.log(self.target)
-        wanted = self.integral + self.gain * error
+        # Far above, the proportional part is that of a bound near by: e^(gain e) would tear a network apart.
+        damping = self.gain * min(error, self.near)
+        wanted = self.integral + damping
         held = (wanted <= low and error < 0) or (wanted >= high and error > 0)
         if abs(error) < self.near and not held:
             self.integral = min(high, max(low, self.integral + self.rate * error))
@@ -105,7 +107,7 @@ class Target(Controller):
             # Far above: the ascent goes on as if the bound were near, so that a weight too small by decades still grows.
             self.integral = min(high, self.integral + self.rate * self.near)
         now = math.log(self.weight)
-        change = min(high, max(low, self.integral + self.gain * error)) - now
+        change = min(high, max(low, self.integral + damping)) - now
         longest = self.longest if self.started else math.inf
         self.weight, self.started = math.exp(now + max(-longest, min(longest, change))), True
         falls = log_bound < self.lowest - 1e-3
