@@ -12,14 +12,15 @@ from lipguard.solvers.slope_program import SlopeProgram
 SMOOTHING = 16.0
 """Schatten norm of the refinements' objective."""
 
-START, AGAIN = 60, 8
-"""Quasi-Newton steps for new multipliers, and for some that the weights have left far behind."""
+START, AGAIN = 60, 6
+"""Factorisations spent on new multipliers, and on some that the weights have left far behind."""
 
 _UNFELT = 1e-6
 """Least scale of a neuron's multiplier beside that of the most felt neuron of its layer."""
 
-_FAR = 1.0
-"""Decrease of log rho promised by single-coordinate steps from which the weights count as new: loaded, or jumped."""
+_FAR, _LOST = 1.0, 4.0
+"""Decrease of log rho promised by single-coordinate steps from which these no longer follow, and from which the weights count
+as new: loaded, or jumped."""
 
 Followed = tuple[Tensor, Tensor, Smoothed]
 """log t of the program, the logarithm of its scale neuron by neuron, both (n,), and the program's derivatives there."""
@@ -48,9 +49,10 @@ def carried(program: SlopeProgram, relative: Tensor) -> Followed | None:
     return None if found is None else (x, scale, found)
 
 
-def near(found: Smoothed) -> bool:
-    """Whether single-coordinate steps are enough to follow from here."""
-    return -float(found.gradient @ found.step()) < _FAR
+def effort(found: Smoothed) -> int:
+    """Factorisations to spend on multipliers before they are used: 0 where the single-coordinate steps follow."""
+    promised = -float(found.gradient @ found.step())
+    return 0 if promised < _FAR else AGAIN if promised < _LOST else START
 
 
 def _scale(own: Tensor | None, like: Tensor) -> Tensor:
@@ -61,19 +63,23 @@ def _scale(own: Tensor | None, like: Tensor) -> Tensor:
     return diagonal.clamp_min(_UNFELT * float(diagonal.max())).clamp_min(torch.finfo(own.dtype).tiny).log()
 
 
-def refined(program: SlopeProgram, x: Tensor, steps: int) -> Followed:
-    """The best of some quasi-Newton steps, counted and not timed: every run of a training takes the same."""
+def refined(program: SlopeProgram, x: Tensor, evaluations: int) -> Followed:
+    """The best of some quasi-Newton steps, their cost counted and not timed: every run of a training takes the same."""
     best: tuple[Tensor, Smoothed] | None = None
+    used = 0
 
     def value(x: Tensor) -> Smoothed | None:
-        nonlocal best
+        nonlocal best, used
+        used += 1
+        if used > evaluations:
+            return None  # a line search takes this for a point outside the cone, and ends
         found = smoothed(program, x, SMOOTHING)
         if found is not None and (best is None or found.largest < best[1].largest):
             best = x, found
         return found
 
     def ends(values: list[float]) -> bool:
-        return len(values) > steps or (len(values) > 10 and values[-11] - values[-1] < 1e-3)
+        return used >= evaluations or (len(values) > 10 and values[-11] - values[-1] < 1e-3)
 
     if program.neurons:
         lbfgs(value, x, 30, ends, preconditioned=True)

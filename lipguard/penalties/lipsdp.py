@@ -24,7 +24,7 @@ from lipguard.certificate import Certificate, Query
 from lipguard.errors import SolverFailed, UnsupportedQuery
 from lipguard.network import Affine, Dense, Network
 from lipguard.penalties.base import Penalty
-from lipguard.penalties.following import AGAIN, START, Followed, carried, near, refined
+from lipguard.penalties.following import START, Followed, carried, effort, refined
 from lipguard.penalties.live import detached, linear_parts
 from lipguard.solvers.first_order import Smoothed
 from lipguard.solvers.slope_program import Proposal, SlopeProgram
@@ -229,7 +229,7 @@ class LipSDP(Penalty):
         model: nn.Module | Network,
         example: Tensor | None = None,
         submodule: str | None = None,
-        every: int = 4,
+        every: int = 5,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         if every < 1:
@@ -336,18 +336,18 @@ class LipSDP(Penalty):
         """Multipliers inside the cone for these weights, and the program there: the last ones carried on, or new ones."""
         if self._next is not None and self._next.numel() == program.neurons:
             found = carried(program, self._next)
-            if found is not None and not found[2].largest > _WORSE * self.rho and near(found[2]):
+            if found is not None and not found[2].largest > _WORSE * self.rho and not effort(found[2]):
                 return found
             # Either the weights grew, or the step was too long: the multipliers before it decide.
             before = None if self._last is None else carried(program, self._last)
             if before is not None and (found is None or before[2].largest < found[2].largest):
                 self._rate = None if self._rate is None else (_SHRINK * self._rate).clamp_min(_SLOWEST)
                 self._moved, found = None, before
-            if found is not None and near(found[2]):
+            if found is not None and not effort(found[2]):
                 return found
             if found is not None:
                 self._rate = None
-                return refined(program, found[0], AGAIN)
+                return refined(program, found[0], effort(found[2]))
         self._rate = None
         return refined(program, program.interior()[0].log(), START)
 
