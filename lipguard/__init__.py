@@ -19,7 +19,10 @@ __all__ = [
     "CertifiedAccuracy",
     "CheckpointAuditor",
     "Enclosure",
+    "LipschitzEarlyStopping",
     "LipschitzMonitor",
+    "LipschitzProjection",
+    "LipschitzRegularizer",
     "Network",
     "Query",
     "Robustness",
@@ -39,7 +42,10 @@ _HOMES = {
     "CertifiedAccuracy": "callbacks",
     "CheckpointAuditor": "callbacks",
     "Enclosure": "certificate",
+    "LipschitzEarlyStopping": "callbacks",
     "LipschitzMonitor": "callbacks",
+    "LipschitzProjection": "callbacks",
+    "LipschitzRegularizer": "callbacks",
     "Network": "network",
     "Query": "certificate",
     "Robustness": "bounds.robustness",
@@ -56,7 +62,14 @@ if TYPE_CHECKING:
     from lipguard.bounds import bound
     from lipguard.bounds.robustness import Robustness, certify
     from lipguard.bounds.tracker import Tracker
-    from lipguard.callbacks import CertifiedAccuracy, CheckpointAuditor, LipschitzMonitor
+    from lipguard.callbacks import (
+        CertifiedAccuracy,
+        CheckpointAuditor,
+        LipschitzEarlyStopping,
+        LipschitzMonitor,
+        LipschitzProjection,
+        LipschitzRegularizer,
+    )
     from lipguard.certificate import Ball, Box, Certificate, Enclosure, Query
     from lipguard.exact import exact
     from lipguard.network import Network

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 import lipguard as lg
 from lipguard import Ball, Box
 from lipguard.errors import InvalidExample, SolverFailed, UnknownName, UnsupportedLayer, UnsupportedQuery
+from lipguard.network import Conv
 from lipguard.network.capture import capture
 from lipguard.nn import ReLUTheta
 from lipguard.penalties import (
@@ -41,7 +43,7 @@ from lipguard.penalties.toeplitz import convolution_bound
 def chain(*sizes: int, activation=nn.ReLU, seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
-    for a, b in zip(sizes[:-1], sizes[1:], strict=True):
+    for a, b in itertools.pairwise(sizes):
         layers += [nn.Linear(a, b), activation()]
     return nn.Sequential(*layers[:-1]).double()
 
@@ -192,7 +194,6 @@ def test_toeplitz_gradient():
     model = convolutional()
     assert slope_error(model, lambda: toeplitz(capture(model, torch.zeros(1, 1, 6, 6), live=True))[0], 1e-3) < 2e-3
     kernel = torch.randn(2, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    from lipguard.network import Conv
 
     def bound(weight):
         return convolution_bound(Conv(weight, (6, 6), (4, 4), (1, 1), (0, 0), (1, 1)))

@@ -13,7 +13,7 @@ from lipguard.errors import InvalidExample
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["first_sample", "module_example"]
+__all__ = ["described", "first_sample", "inputs_and_labels", "module_example"]
 
 
 def first_sample(batch: object) -> Tensor | None:
@@ -53,3 +53,24 @@ def module_example(trainer: Trainer, pl_module: LightningModule) -> Tensor | Non
         return None
     converted = trainer.precision_plugin.convert_input(torch.as_tensor(example).detach())
     return converted.to(pl_module.device)
+
+
+def inputs_and_labels(batch: object) -> tuple[Tensor | None, Tensor | None]:
+    """The first floating-point tensor of a batch, and the first vector of integers of the same length; None where missing."""
+    tensors = _tensors(batch)
+    inputs = next((t for t in tensors if t.is_floating_point() and t.ndim > 0), None)
+    whole = (t for t in tensors if t.dtype in (torch.int64, torch.int32) and t.ndim == 1)
+    labels = next((t for t in whole if inputs is None or len(t) == len(inputs)), None)
+    return inputs, None if labels is None else labels.long()
+
+
+def described(batch: object) -> str:
+    """The tensors of a batch, for messages."""
+    return ", ".join(f"{str(t.dtype).removeprefix('torch.')}{tuple(t.shape)}" for t in _tensors(batch)) or type(batch).__name__
+
+
+def _tensors(batch: object) -> list[Tensor]:
+    if isinstance(batch, Tensor):
+        return [batch]
+    parts = list(batch.values()) if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else []
+    return [tensor for part in parts for tensor in _tensors(part)]

@@ -7,7 +7,7 @@ import math
 import random
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -113,6 +113,7 @@ class LipschitzMonitor(Callback):
         self._mark: float | None = None
         self._measured_step, self._triggered_step = -1, 0
         self._measured_in_fit, self._warned, self._told_choice = False, False, False
+        self.listeners: dict[int, Callable[[Trainer, float], None]] = {}  # told of every fresh upper bound, on every rank
 
     @property
     def state_key(self) -> str:
@@ -231,6 +232,8 @@ class LipschitzMonitor(Callback):
         else:
             self._fail(error)
         values: dict[str, float] = outcome.get("values") or {}
+        for listener in list(self.listeners.values()) if "upper" in values else ():
+            listener(trainer, values["upper"])
         values |= {"seconds": seconds, "failed": float(self.failed)}
         return {f"{self.prefix}/{name}": _outward(value, name) for name, value in values.items()}
 

@@ -46,3 +46,4 @@ class Penalty(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict`."""
+        del state  # nothing to restore

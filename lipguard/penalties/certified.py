@@ -120,7 +120,8 @@ class Certified(Local):
         if form not in ("worst", "extra"):
             raise UnsupportedQuery(f"Certified: form={form!r} must be 'worst' or 'extra'.")
         super().__init__(model, example, submodule, radius, iterations)
-        self.kind, self.form = bounds, form
+        self.kind = bounds
+        self.form: Form = form
 
     def __call__(self, inputs: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """The cross-entropy.

@@ -18,19 +18,17 @@ from torch import Tensor, nn
 
 from lipguard.bounds.lipsdp import LipSDP as Problem
 from lipguard.bounds.lipsdp import lipsdp as problem_of
-from lipguard.certificate import Query
+from lipguard.bounds.semidefinite import certify, check_query, propose
+from lipguard.bounds.spectral import Spectral
+from lipguard.certificate import Certificate, Query
 from lipguard.errors import SolverFailed, UnsupportedQuery
 from lipguard.network import Affine, Dense, Network
 from lipguard.penalties.base import Penalty
+from lipguard.penalties.following import START, Followed, carried, effort, refined
 from lipguard.penalties.live import detached, linear_parts
-from lipguard.solvers.first_order import Smoothed, derivatives, lbfgs, smoothed
-from lipguard.solvers.slope_program import SlopeProgram
-
-_SMOOTHING = 16.0
-"""Schatten norm of the refinements' objective."""
-
-_START = 60
-"""Quasi-Newton steps for new multipliers."""
+from lipguard.solvers.first_order import Smoothed
+from lipguard.solvers.slope_program import Proposal, SlopeProgram
+from lipguard.solvers.threads import one_thread
 
 _LONGEST = 0.3
 """Change of log t_j at most by the step that a factorisation gives."""
@@ -40,12 +38,6 @@ _SHRINK, _GROW, _SLOWEST = 0.5, 1.2, 0.02
 
 _WORSE = 1.1
 """Growth of rho since the last factorisation from which the step between is doubted."""
-
-_FAR = 1.0
-"""Decrease of log rho promised by single-coordinate steps from which the weights count as new: loaded, or jumped."""
-
-_UNFELT = 1e-6
-"""Least scale of a neuron's multiplier beside that of the most felt neuron of its layer."""
 
 _TIED = 1e-5
 """Relative distance from the largest eigenvalue within which another one counts as equal to it."""
@@ -140,8 +132,6 @@ def check(network: Network) -> None:
     Raises:
         UnsupportedQuery: the network has too many neurons.
     """
-    from lipguard.bounds.semidefinite import check_query
-
     check_query(network, Query((2.0, 2.0), None), "the lipsdp penalty")
 
 
@@ -167,8 +157,6 @@ def lipsdp(network: Network, t: Tensor | None = None, slopes: Slopes | None = No
         fixed = own[0].detach(), own[1].detach()
         problem = problem_of(plain.feedback(fixed))
         if t is None:
-            from lipguard.bounds.semidefinite import propose
-
             name = "interior-point" if problem.program.order <= 1500 else "first-order"
             t = propose(name, problem.program, None, 1e-10, None).t
         t = t.to(torch.float64)
@@ -241,7 +229,7 @@ class LipSDP(Penalty):
         model: nn.Module | Network,
         example: Tensor | None = None,
         submodule: str | None = None,
-        every: int = 4,
+        every: int = 5,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         if every < 1:
@@ -272,6 +260,33 @@ class LipSDP(Penalty):
         if fresh:
             self._offset = 0.5 * math.log(self._contact.rho) - float(slope.detach())
         return slope + self._offset
+
+    def certificate(self) -> Certificate:
+        """The proven bound of the module at the weights of this moment, from the multipliers carried, refined by counted steps.
+
+        The multipliers found stay for the next call. Where they prove nothing, the product of the layers' norms stands in.
+
+        Raises:
+            LipguardError: the module cannot be captured, or has no such bound.
+        """
+        with one_thread(), torch.no_grad():
+            network, query = detached(self.network()), Query((2.0, 2.0), None)
+            check(network)
+            problem = problem_of(network.feedback())
+            if not problem.program.sizes or not any(-1 in row for row in (*problem.program.rows, problem.program.out)):
+                return Spectral()(network, query)[0]
+            program = problem.program.to(self.dtype)
+            notes: list[str] = []
+            proposal = None
+            try:
+                kept = None if self._next is None or self._next.numel() != program.neurons else carried(program, self._next)
+                x, scale, found = refined(program, program.interior()[0].log() if kept is None else kept[0], START)
+                self._next, self._last, self._moved, self._rate = x - scale, None, None, None
+                # As for the Tracker's refinement: single precision finds rho to a few units of 1e-6.
+                proposal = Proposal(x.exp().double(), found.largest * (1 + 3e-5), math.nan, 0, inside=True)
+            except SolverFailed as failure:
+                notes.append(str(failure))
+            return certify(network, query, problem, proposal, "lipsdp-neuron", notes)
 
     def _slopes(self, network: Network) -> Slopes:
         return network.slopes()
@@ -320,21 +335,21 @@ class LipSDP(Penalty):
     def _follow(self, program: SlopeProgram) -> Followed:
         """Multipliers inside the cone for these weights, and the program there: the last ones carried on, or new ones."""
         if self._next is not None and self._next.numel() == program.neurons:
-            found = _carried(program, self._next)
-            if found is not None and not found[2].largest > _WORSE * self.rho and _near(found[2]):
+            found = carried(program, self._next)
+            if found is not None and not found[2].largest > _WORSE * self.rho and not effort(found[2]):
                 return found
             # Either the weights grew, or the step was too long: the multipliers before it decide.
-            before = None if self._last is None else _carried(program, self._last)
+            before = None if self._last is None else carried(program, self._last)
             if before is not None and (found is None or before[2].largest < found[2].largest):
                 self._rate = None if self._rate is None else (_SHRINK * self._rate).clamp_min(_SLOWEST)
                 self._moved, found = None, before
-            if found is not None and _near(found[2]):
+            if found is not None and not effort(found[2]):
                 return found
             if found is not None:
                 self._rate = None
-                return _refined(program, found[0])
+                return refined(program, found[0], effort(found[2]))
         self._rate = None
-        return _refined(program, program.interior()[0].log())
+        return refined(program, program.interior()[0].log(), START)
 
     def state_dict(self) -> dict[str, Any]:
         """Multipliers, the last maximiser and the count of calls."""
@@ -355,70 +370,3 @@ class LipSDP(Penalty):
         last = state["contact"]
         self.rho = math.nan if last is None else last["rho"]
         self._contact = None if last is None else Contact(last["rho"], tuple(last["a"]), tuple(last["b"]))
-
-
-Followed = tuple[Tensor, Tensor, Smoothed]
-"""log t of the program, the logarithm of its scale neuron by neuron, both (n,), and the program's derivatives there."""
-
-
-def _carried(program: SlopeProgram, relative: Tensor) -> Followed | None:
-    """Multipliers in the proportion exp(relative) to their scale; None outside the cone.
-
-    With S_k what the layers behind leave on layer k, the pivot is 2 T_k - S_k: diag S_k is the scale of T_k, and the
-    proportion stays what it is when a layer's weights, or all, grow.
-    """
-    relative = relative.to(**program.options)  # type: ignore[arg-type]
-    x, scale = torch.empty_like(relative), torch.empty_like(relative)
-
-    def multipliers(k: int, own: Tensor | None) -> Tensor:
-        here = program.slices[k]
-        scale[here] = _scale(own, scale[here])
-        x[here] = relative[here] + scale[here]
-        return x[here].exp()
-
-    try:
-        eliminated = program.eliminate(multipliers)
-    except SolverFailed:
-        return None
-    found = derivatives(program, x.exp(), eliminated, _SMOOTHING)
-    return None if found is None else (x, scale, found)
-
-
-def _near(found: Smoothed) -> bool:
-    return -float(found.gradient @ found.step()) < _FAR
-
-
-def _scale(own: Tensor | None, like: Tensor) -> Tensor:
-    if own is None:
-        return torch.zeros_like(like)
-    diagonal = own.diagonal()
-    # A neuron that the output hardly feels has a multiplier all the same.
-    return diagonal.clamp_min(_UNFELT * float(diagonal.max())).clamp_min(torch.finfo(own.dtype).tiny).log()
-
-
-def _refined(program: SlopeProgram, x: Tensor) -> Followed:
-    """The best of some quasi-Newton steps, counted and not timed: every run of a training takes the same."""
-    best: tuple[Tensor, Smoothed] | None = None
-
-    def value(x: Tensor) -> Smoothed | None:
-        nonlocal best
-        found = smoothed(program, x, _SMOOTHING)
-        if found is not None and (best is None or found.largest < best[1].largest):
-            best = x, found
-        return found
-
-    def ends(values: list[float]) -> bool:
-        return len(values) > _START or (len(values) > 10 and values[-11] - values[-1] < 1e-3)
-
-    lbfgs(value, x, 30, ends, preconditioned=True)
-    if best is None:
-        raise SolverFailed("the output does not feel the input, or no multipliers lie in the cone in floating point.")
-    x, scale = best[0], torch.empty_like(best[0])
-
-    def multipliers(k: int, own: Tensor | None) -> Tensor:
-        here = program.slices[k]
-        scale[here] = _scale(own, scale[here])
-        return x[here].exp()
-
-    program.eliminate(multipliers)
-    return x, scale, best[1]
