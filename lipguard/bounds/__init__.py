@@ -39,7 +39,7 @@ def bound(
             or "sampling", the only lower bound; or a name registered by another package.
         norm: 1, 2, inf, or a pair (input norm, output norm).
         domain: `Box`, `Ball` or None for all inputs. Upper bounds hold for all inputs, and so for every domain.
-        solver: of the LipSDP methods: "auto", "interior-point", "first-order", "scs", "clarabel", "cvxopt", "mosek".
+        solver: of the LipSDP methods: "auto", "interior-point", "newton", "first-order", "scs", "clarabel", "cvxopt", "mosek".
         submodule: dotted name of a part to bound instead of the whole.
         outputs: a matrix (k, m) or a pair of classes (i, j) to bound a functional of the outputs.
         tol: relative gap of the squared bound asked of `interior-point`.
