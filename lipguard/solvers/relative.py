@@ -13,6 +13,7 @@ sweep over the blocks of dphi/dS each layer's block receives what s_j passes on,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -155,7 +156,7 @@ def products(program: SlopeProgram, blocks: dict[tuple[int, int], Tensor], k: in
     return own - 2 * alpha * mixed + alpha**2 * square, own - (alpha + beta) * mixed + alpha * beta * square
 
 
-def assembled(blocks: dict[tuple[int, int], Tensor], sources: list[int]) -> Tensor:
+def assembled(blocks: dict[tuple[int, int], Tensor], sources: Sequence[int]) -> Tensor:
     """The symmetric matrix over the sources, of blocks (i, j), j <= i."""
     if len(sources) == 1:
         return blocks[sources[0], sources[0]]

@@ -127,7 +127,8 @@ def largest_eigenvalue(matrix: Enclosed, pivot: Enclosed | None = None) -> float
     if int(info) != 0 or not bool(congruent.isfinite().all()):
         raise NotCertified("the last front's pivot is not provably positive definite.")
     value = max(float(torch.linalg.eigvalsh(congruent)[-1]), TINY * 2.0**60) if len(s) else TINY
-    inflation = 16 * max(len(s), 1) ** 2 * UNIT
+    spread = 0.0 if matrix.radius is None else float(matrix.radius.sum(-1).max()) / value
+    inflation = 16 * max(len(s), 1) ** 2 * UNIT + (2 * spread if pivot is None else 0.0)
     for _ in range(_TRIES):
         rho = up(value * (1 + inflation))
         if _reaches(matrix, p, None if pivot is None else pivot.radius, rho):
