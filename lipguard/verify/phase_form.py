@@ -79,8 +79,8 @@ def phase_form(network: Network, domain: Domain | None) -> PhaseForm:
         UnsupportedQuery: an activation is not piecewise linear, the domain is R^d and a break point is not 0, or a sort
             has too many entries.
     """
-    network = elementwise(network)
-    form = feedback_form(network)
+    given, network = network, elementwise(network)
+    form = feedback_form(network, precise=network is not given)
     n, d = form.neurons, network.inputs
     bias, spread = _offsets(network)
     functions, sizes = [], []
