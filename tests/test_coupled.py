@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import math
+from fractions import Fraction
 from functools import cache
 
 import cvxpy as cp
@@ -25,12 +26,13 @@ from lipguard.bounds.lipsdp import lipsdp
 from lipguard.bounds.sampling import Sampling
 from lipguard.bounds.semidefinite import Semidefinite, propose
 from lipguard.certificate import Certificate, Multipliers, Query, Witness
-from lipguard.network import Affine, Coupled, Index, Input, Network, rewriting
+from lipguard.network import Affine, Coupled, Dense, Diagonal, Index, Input, Network, rewriting
 from lipguard.network.coupled import Maxima, Reflection, Sort
 from lipguard.network.rules.coupled import group_sort, maxmin
 from lipguard.nn import GroupSort, Householder, MaxMin
 from lipguard.solvers.threads import one_thread
 from lipguard.verify import rewriting as checked
+from lipguard.verify.composed import Composed, add, compose
 from lipguard.verify.multipliers import feedback_form
 
 DOUBLE = torch.float64
@@ -445,6 +447,56 @@ def test_the_checkers_form_is_the_provers(made):
         torch.testing.assert_close(form.q.center, torch.cat([b, a], 1), rtol=0, atol=1e-13)
         torch.testing.assert_close(form.y.center, torch.cat([c, d], 1), rtol=0, atol=1e-13)
         assert torch.equal(form.alpha, own.feedback().alpha) and torch.equal(form.beta, own.feedback().beta)
+
+
+def rational(matrix):
+    return [[Fraction(value) for value in row] for row in matrix.tolist()]
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-80, 2.0**300], ids=["plain", "small", "beyond the slices"])
+def test_composed_maps_enclose_the_exact_product(scale):
+    """Long products and sums in rational arithmetic; in twice the working precision unless exponents are extreme."""
+    generator = torch.Generator().manual_seed(1)
+    maps = [Dense(torch.randn(7, 7, generator=generator, dtype=DOUBLE)) for _ in range(6)]
+    maps[2] = Diagonal(torch.randn(7, generator=generator, dtype=DOUBLE) * scale, 7)
+    maps[3] = Index(torch.tensor([1, 1, 0, 4, -1, 6, 2]), 7)
+    maps[4] = Index(torch.tensor([1, 1, 0, 4, -1, 6, 2]), 7).transpose()
+    start = torch.randn(7, 3, generator=generator, dtype=DOUBLE) * scale
+    enclosed, expected = Composed.exact(start), rational(start)
+    for operator in maps:
+        enclosed, before, matrix = compose(operator, enclosed), expected, rational(operator.dense())
+        expected = [
+            [sum(a * b for a, b in zip(row, column, strict=True)) for column in zip(*before, strict=True)] for row in matrix
+        ]
+        if operator is maps[1]:  # a path beside the map
+            again = add([enclosed, Composed.exact(start)])
+            enclosed = again
+            expected = [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(expected, rational(start), strict=True)]
+    center, radius = enclosed.rounded()
+    for i, j in itertools.product(range(7), range(3)):
+        assert abs(expected[i][j] - Fraction(float(enclosed.high[i, j])) - Fraction(float(enclosed.low[i, j]))) <= Fraction(
+            float(enclosed.radius[i, j])
+        )
+        assert abs(expected[i][j] - Fraction(float(center[i, j]))) <= Fraction(float(radius[i, j]))
+    if scale < 2.0**200:
+        assert float((enclosed.radius / enclosed.high.abs().amax()).max()) < 2.0**-85
+    exact = compose(Diagonal(torch.tensor(0.5, dtype=DOUBLE), 7), Composed.exact(start))
+    assert exact.rounded()[1] is None
+
+
+def test_long_linear_paths_keep_the_optimum():
+    """Behind ten nearly orthogonal layers the radius of working precision would cost a tenth of the bound."""
+    generator = torch.Generator().manual_seed(0)
+    layers = []
+    for _ in range(10):
+        noise = 0.01 * torch.randn(32, 32, generator=generator, dtype=DOUBLE)
+        layers += [linear(orthogonal(32, generator) + noise), MaxMin()]
+    network = lg.capture(nn.Sequential(*layers), example(32))
+    certificate = lg.bound(network)
+    proposal = propose("interior-point", lipsdp(network.feedback()).program, None, 1e-7, None)
+    assert certificate.method == "lipsdp-neuron"
+    assert certificate.value == pytest.approx(math.sqrt(proposal.rho), rel=1e-6)
+    assert certificate.value < 0.95 * lg.bound(network, method="spectral").value
 
 
 # Bounds

@@ -33,6 +33,7 @@ from lipguard.network import Activation, Affine, Coupled, Implicit, Index, Input
 from lipguard.rounding import TINY, UNIT, gamma, proves_positive_definite, sqrt_up, up
 from lipguard.verify.elimination import blocks, flops, prove_rho
 from lipguard.verify.enclosed import Enclosed
+from lipguard.verify.composed import Composed, add, compose
 from lipguard.verify.matrix_norm import frobenius_bound
 from lipguard.verify.rewriting import neuron_nodes, slope_ends, slope_restricted, tie
 
@@ -101,8 +102,8 @@ def check_multipliers(network: Network, evidence: Multipliers, norm: tuple[float
     """
     if norm != (2.0, 2.0):
         raise NotCertified(f"multipliers prove bounds from 2-norm to 2-norm, not {norm}.")
-    network = slope_restricted(network)
-    form = feedback_form(network)
+    given, network = network, slope_restricted(network)
+    form = feedback_form(network, precise=network is not given)
     t = evidence.t.detach().to(network.device, torch.float64).flatten()
     if t.numel() != form.neurons:
         raise NotCertified(f"{t.numel()} multipliers are given for {form.neurons} neurons.")
@@ -319,12 +320,20 @@ def _full(form: Form, t: Tensor) -> Callable[[float], bool]:
     return prove
 
 
-def feedback_form(network: Network) -> Form:
+_Combination = dict[int, Enclosed | Composed | None]
+"""A value by source: x (-1) or an activation's outputs (0, 1, ...); None for the identity."""
+
+
+def feedback_form(network: Network, precise: bool = False) -> Form:
     """The feedback form of the network's nodes, every product enclosed.
 
     A value is a linear combination of the input (-1) and of activations' outputs (0, 1, ...); None stands for the
     identity. Affine nodes directly behind an input or an activation are exact; compositions carry a radius. Coupled nodes
     stand for tied neurons: the network is one that `rewriting` made.
+
+    Args:
+        network: without coupled nodes but those.
+        precise: compose in twice the working precision: for networks whose linear paths go through many layers.
     """
     position = {node: k for k, node in enumerate(neuron_nodes(network))}
     size = {-1: network.inputs} | {k: network.sizes[i] for i, k in position.items()}
@@ -332,19 +341,19 @@ def feedback_form(network: Network) -> Form:
     for k in range(len(position)):
         offset[k], n = n, n + size[k]
     offset[-1] = n
-    combos: list[dict[int, Enclosed | None]] = []
+    combos: list[_Combination] = []
     for i, node in enumerate(network.nodes):
         match node:
             case Input():
                 combos.append({-1: None})
             case Affine():
-                combos.append({s: _compose(node.operator, e) for s, e in combos[node.source].items()})
+                combos.append({s: _compose(node.operator, e, precise) for s, e in combos[node.source].items()})
             case Activation() | Implicit() | Coupled():
                 combos.append({position[i]: None})
             case Sum():
                 combos.append(_add([combos[s] for s in node.sources], size, network.device))
 
-    def place(start: int, combo: dict[int, Enclosed | None]) -> Iterator[Block]:
+    def place(start: int, combo: _Combination) -> Iterator[Block]:
         for s, e in combo.items():
             matrix = _explicit(e, size[s], network.device)
             yield Block(slice(start, start + matrix.center.shape[0]), slice(offset[s], offset[s] + size[s]), matrix)
@@ -367,9 +376,11 @@ def feedback_form(network: Network) -> Form:
     return Form(tuple(blocks), tuple(place(0, combos[-1])), n, network.inputs, network.outputs, *slopes)
 
 
-def _compose(operator: Operator, e: Enclosed | None) -> Enclosed:
+def _compose(operator: Operator, e: Enclosed | Composed | None, precise: bool) -> Enclosed | Composed:
     if e is None:
-        return Enclosed(operator.dense())
+        return Composed.exact(operator.dense()) if precise else Enclosed(operator.dense())
+    if isinstance(e, Composed):
+        return compose(operator, e)
     center = operator(e.center.T).T
     if isinstance(operator, Index) and not operator.transposed:  # rows are moved, nothing is added
         return Enclosed(center, None if e.radius is None else operator(e.radius.T).T)
@@ -381,17 +392,23 @@ def _compose(operator: Operator, e: Enclosed | None) -> Enclosed:
     return Enclosed(center, radius * (1 + 4 * gamma(k)))
 
 
-def _explicit(e: Enclosed | None, size: int, device: torch.device) -> Enclosed:
+def _explicit(e: Enclosed | Composed | None, size: int, device: torch.device) -> Enclosed:
+    if isinstance(e, Composed):
+        return Enclosed(*e.rounded())
     return Enclosed(torch.eye(size, dtype=torch.float64, device=device)) if e is None else e
 
 
-def _add(parts: list[dict[int, Enclosed | None]], size: dict[int, int], device: torch.device) -> dict[int, Enclosed | None]:
+def _add(parts: list[_Combination], size: dict[int, int], device: torch.device) -> _Combination:
     """Sum of linear combinations; where only one part has a source, its block is taken over unchanged."""
-    result: dict[int, Enclosed | None] = {}
+    result: _Combination = {}
     for source in {s: None for part in parts for s in part}:
         blocks = [part[source] for part in parts if source in part]
         if len(blocks) == 1:
             result[source] = blocks[0]
+            continue
+        if any(isinstance(e, Composed) for e in blocks):
+            exact = (e if isinstance(e, Composed) else Composed.exact(_explicit(e, size[source], device).center) for e in blocks)
+            result[source] = add(list(exact))
             continue
         explicit = [_explicit(e, size[source], device) for e in blocks]
         center = torch.stack([e.center for e in explicit]).sum(0)

@@ -81,8 +81,8 @@ def phase_form(network: Network, domain: Domain | None) -> PhaseForm:
     """
     if any(isinstance(node, Implicit) for node in network.nodes):
         raise UnsupportedQuery("an implicit layer has no phases that its input alone decides.")
-    network = elementwise(network)
-    form = feedback_form(network)
+    given, network = network, elementwise(network)
+    form = feedback_form(network, precise=network is not given)
     n, d = form.neurons, network.inputs
     bias, spread = _offsets(network)
     functions, sizes = [], []

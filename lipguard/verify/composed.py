@@ -1,0 +1,140 @@
+"""Products of many maps, enclosed to about twice the working precision.
+
+A radius in working precision grows along a linear path by |W_k| ... |W_1|, far faster than the product itself: behind ten
+orthogonal layers of 64 a unit of rounding is a millionth. Here a matrix is an unevaluated sum high + low, and products are
+formed without rounding, slice by slice (Ozaki, Ogita, Oishi, Rump, Numerical Algorithms 59, 2012): numbers of so few bits
+on a common grid that every sum of their products is a floating-point number.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lipguard.network import Conv, Dense, Diagonal, Index, Operator
+from lipguard.rounding import TINY, UNIT, gamma
+
+_LARGEST = 200
+"""Powers of two beyond which products might leave the normal range; then the matrix is treated in working precision."""
+
+
+@dataclass(frozen=True, eq=False)
+class Composed:
+    """high + low, up to an entrywise radius; |low| <= u |high|."""
+
+    high: Tensor
+    low: Tensor
+    radius: Tensor
+
+    @classmethod
+    def exact(cls, matrix: Tensor) -> Composed:
+        """A matrix of floating-point numbers."""
+        return cls(matrix, torch.zeros_like(matrix), torch.zeros_like(matrix))
+
+    def rounded(self) -> tuple[Tensor, Tensor | None]:
+        """(centre, radius) in working precision; no radius where there is none."""
+        radius = (self.low.abs() + self.radius) * (1 + 4 * UNIT)
+        return self.high, radius if bool(radius.any()) else None
+
+
+def compose(operator: Operator, matrix: Composed) -> Composed:
+    """operator @ matrix."""
+
+    def apply(map_: Operator, x: Tensor) -> Tensor:
+        return map_(x.T).T
+
+    if isinstance(operator, Index) and not operator.transposed:  # rows are moved
+        return Composed(*(apply(operator, part) for part in (matrix.high, matrix.low, matrix.radius)))
+    if isinstance(operator, Diagonal) and _powers_of_two(operator.scale):
+        high, low, radius = apply(operator, matrix.high), apply(operator, matrix.low), apply(operator.abs(), matrix.radius)
+        # Exact but for what leaves the normal range.
+        below = (matrix.high != 0) & ((high.abs() < TINY) | ((matrix.low != 0) & (low.abs() < TINY)))
+        return Composed(high, low, radius + TINY * below + TINY * (radius > 0))
+    k = operator.shape[1]
+    bits = (53 - max(k - 1, 1).bit_length()) // 2
+    magnitude, error = operator.abs(), gamma(k + 8)
+    left, right = _operator_slices(operator, bits), _slices(matrix.high, bits)
+    if left is None or right is None:
+        mass = matrix.high.abs() + matrix.low.abs()
+        high = apply(operator, matrix.high + matrix.low)
+        radius = apply(magnitude, (matrix.radius + error * mass) * (1 + 4 * UNIT)) * (1 + 4 * error)
+        return Composed(high, torch.zeros_like(high), radius + k * TINY)
+    # (w1 + w2 + w3) (h1 + h2 + h3 + low) = the four products of the slices, exact, + w (h3 + low) + w3 (h1 + h2), small.
+    (first, second, rest), (h1, h2, h3) = left, right
+    exact = [apply(w, h) for w in (first, second) if w is not None for h in (h1, h2)]
+    tail, coarse = h3 + matrix.low, h1 + h2
+    small = apply(operator, tail)
+    lost = matrix.radius + error * (h3.abs() + matrix.low.abs())
+    radius = apply(magnitude, lost * (1 + 4 * UNIT))
+    if rest is not None:
+        small = small + apply(rest, coarse)
+        radius = radius + error * apply(rest.abs(), coarse.abs())
+    radius = radius * (1 + 4 * error)
+    if rest is not None or bool(tail.any()):
+        radius = radius + k * TINY  # products below the normal range lose less than TINY each
+    return _sum(exact, [small], radius)
+
+
+def add(parts: list[Composed]) -> Composed:
+    """The sum of matrices."""
+    return _sum([part.high for part in parts], [part.low for part in parts], torch.stack([part.radius for part in parts]).sum(0))
+
+
+def _sum(exact: list[Tensor], small: list[Tensor], radius: Tensor) -> Composed:
+    """The sum of both lists, the first without rounding but for what goes into `low`."""
+    high, mass = exact[0], exact[0].abs()
+    lows = list(small)
+    for term in exact[1:]:
+        high, missed = _two_sum(high, term)
+        lows.append(missed)
+    total = torch.stack(lows).sum(0) if len(lows) > 1 else lows[0]
+    mass = torch.stack([low.abs() for low in lows]).sum(0)
+    error = gamma(len(lows) + 4)
+    high, low = _two_sum(high, total)
+    lost = error * mass if len(lows) > 1 else torch.zeros_like(mass)
+    return Composed(high, low, (radius + lost) * (1 + 2 * gamma(len(lows) + 8)))
+
+
+def _powers_of_two(x: Tensor) -> bool:
+    """Whether every entry is 0 or a power of two, of either sign."""
+    return bool((x.frexp().mantissa.abs().eq(0.5) | (x == 0)).all())
+
+
+def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a + b rounded, and what the rounding lost, exactly (Knuth)."""
+    s = a + b
+    other = s - a
+    return s, (a - (s - other)) + (b - other)
+
+
+def _slices(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """x = x1 + x2 + x3, exactly: x1 and x2 of `bits` bits on grids common to all entries; None where those leave the range."""
+    top = float(x.abs().max()) if x.numel() else 0.0
+    exponent = math.frexp(top)[1]
+    if not math.isfinite(top) or (top and abs(exponent) > _LARGEST):
+        return None
+    unit = 2.0 ** (exponent - bits)
+    x1 = (x / unit).round() * unit
+    rest = x - x1
+    unit = unit * 2.0**-bits
+    x2 = (rest / unit).round() * unit
+    return x1, x2, rest - x2
+
+
+def _operator_slices(operator: Operator, bits: int) -> tuple[Operator, Operator | None, Operator | None] | None:
+    """The same of an operator's coefficients; zeros and ones need one slice."""
+    if isinstance(operator, Index):
+        return operator, None, None
+    name = "scale" if isinstance(operator, Diagonal) else "weight"
+    if not isinstance(operator, Dense | Diagonal | Conv):
+        return None
+    parts = _slices(getattr(operator, name), bits)
+    if parts is None:
+        return None
+    kept = [part if i == 0 or bool(part.any()) else None for i, part in enumerate(parts)]
+    made = (None if part is None else replace(operator, **{name: part}) for part in kept)
+    return cast("tuple[Operator, Operator | None, Operator | None]", tuple(cast("Any", made)))
