@@ -33,7 +33,7 @@ from lipguard.nn import GroupSort, Householder, MaxMin
 from lipguard.solvers.threads import one_thread
 from lipguard.verify import rewriting as checked
 from lipguard.verify.composed import Composed, add, compose
-from lipguard.verify.multipliers import feedback_form
+from lipguard.verify.form import feedback_form
 
 DOUBLE = torch.float64
 SOLVED = 1 + 2e-6

@@ -29,8 +29,9 @@ from lipguard.solvers.interior_point import InteriorPoint, normal_matrix
 from lipguard.solvers.relative import relative, to_relative
 from lipguard.verify.elimination import blocks, prove_rho
 from lipguard.verify.enclosed import Enclosed
+from lipguard.verify.form import feedback_form
 from lipguard.verify.fronts import front, largest_eigenvalue, real
-from lipguard.verify.multipliers import feedback_form, prover
+from lipguard.verify.multipliers import prover
 
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "leaky": lambda: nn.LeakyReLU(0.1)}
 

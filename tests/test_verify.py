@@ -20,7 +20,7 @@ from lipguard.certificate import Certificate, Factors, Multipliers, SolverReport
 from lipguard.errors import NotCertified
 from lipguard.network import Affine
 from lipguard.rounding import gamma, proves_positive_definite, sqrt_up, sum_up, up
-from lipguard.verify.multipliers import feedback_form
+from lipguard.verify.form import feedback_form
 
 INF = math.inf
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=200)

@@ -25,7 +25,7 @@ from lipguard.verify.enclosed import Enclosed
 from lipguard.verify.fronts import front, largest_eigenvalue
 
 if TYPE_CHECKING:
-    from lipguard.verify.multipliers import Form
+    from lipguard.verify.form import Form
 
 Pair = tuple[int, int]
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from lipguard.certificate import Domain
 from lipguard.network import Network
 from lipguard.rounding import TINY, UNIT, gamma, prove_positive_definite
-from lipguard.verify.multipliers import Enclosed, Form, feedback_form
+from lipguard.verify.enclosed import Enclosed
+from lipguard.verify.form import Form, feedback_form
 from lipguard.verify.ranges import Propagation, Regions, propagate
 
 ENTRIES = 30_000_000

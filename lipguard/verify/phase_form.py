@@ -21,7 +21,8 @@ from lipguard.errors import UnsupportedQuery
 from lipguard.network import Activation, Affine, Implicit, Input, Network, Sum
 from lipguard.network.activations import PiecewiseLinear
 from lipguard.rounding import gamma
-from lipguard.verify.multipliers import Enclosed, feedback_form
+from lipguard.verify.enclosed import Enclosed
+from lipguard.verify.form import feedback_form
 from lipguard.verify.rewriting import elementwise
 
 _DIRECTIONS = 32
