@@ -8,6 +8,7 @@ from typing import Any, overload
 from torch import Tensor, nn
 
 from lipguard import registry
+from lipguard.bounds.granularity import default_method
 from lipguard.bounds.local import Local
 from lipguard.certificate import Ball, Box, Certificate, Domain, Norm, Query, norm_pair
 from lipguard.errors import InvalidDomain
@@ -103,23 +104,34 @@ def bound(
         registry.solver(solver)
     network = network_of(model, example, submodule, outputs)
     domains, several = _domains(domain, network.inputs)
-    name = method or default_method(network, query.norm)
-    entry = registry.method(name)
-    options: dict[str, Any] = {}
-    if name.startswith("lipsdp"):
-        options = {"solver": solver, "tol": tol, "time_limit": time_limit}
-        if name == "lipsdp-split":
-            options |= {"pieces": pieces, "jobs": jobs}
-    elif name == "sampling":
-        options = {"time_limit": time_limit}
+    names = [method or default_method(network, query.norm)]
+    if method is None and domains:
+        # The weighted programs of other norms know no domain, the slopes on the domain no program: the better one stands.
+        names.append("spectral" if query.norm != (2.0, 2.0) else names[0])
+    given = {"solver": solver, "tol": tol, "time_limit": time_limit, "chordal": chordal, "pieces": pieces, "jobs": jobs}
+    found = []
     with one_thread():
-        if domains and name in LOCAL:
-            certificates = Local(name, **options)(network, query, domains)
-        else:
-            if name.startswith("lipsdp"):
-                options["chordal"] = chordal
-            certificates = [entry.build(**options)(network, Query(query.norm, one), None)[0] for one in domains or [None]]
+        for name in dict.fromkeys(names):
+            options = {option: given[option] for option in _OPTIONS.get(name, ())}
+            if domains and name in LOCAL and (name == "spectral" or query.norm == (2.0, 2.0)):
+                options.pop("chordal", None)
+                found.append(Local(name, **options)(network, query, domains))
+            else:
+                built = registry.method(name).build(**options)
+                found.append([built(network, Query(query.norm, one), None)[0] for one in domains or [None]])
+    certificates = [min(each, key=lambda certificate: certificate.value) for each in zip(*found, strict=True)]
     return certificates if several else certificates[0]
+
+
+_PROGRAM = ("solver", "tol", "time_limit")
+_OPTIONS = {
+    "lipsdp-neuron": (*_PROGRAM, "chordal"),
+    "lipsdp-layer": (*_PROGRAM, "chordal"),
+    "lipsdp-split": (*_PROGRAM, "chordal", "pieces", "jobs"),
+    "lipsdp-channel": _PROGRAM,
+    "sampling": ("time_limit",),
+}
+"""The options of `bound` that each method takes."""
 
 
 def _domains(domain: Domain | Sequence[Domain] | None, size: int) -> tuple[list[Domain], bool]:
@@ -144,13 +156,6 @@ def _domains(domain: Domain | Sequence[Domain] | None, size: int) -> tuple[list[
         except InvalidDomain as error:
             raise InvalidDomain(f"domain {i}: {error}") from error
     return domains, several
-
-
-def default_method(network: Network, norm: tuple[float, float]) -> str:
-    """LipSDP for norm 2, and for other norms where its programs take seconds; else the product of the layers' norms."""
-    from lipguard.bounds.weighted import quick
-
-    return "lipsdp-neuron" if norm == (2.0, 2.0) or quick(network, norm) else "spectral"
 
 
 def network_of(

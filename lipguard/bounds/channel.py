@@ -70,7 +70,7 @@ class Channel:
             raise UnsupportedQuery(f"lipsdp-channel has one solver, 'first-order', not {self.solver!r}.")
         product, _ = Spectral()(network, query)
         torus = Torus(network)
-        _check_memory(torus)
+        check_memory(torus)
         deadline = math.inf if self.time_limit is None else began + self.time_limit
         note, warm = "", None
         try:
@@ -91,7 +91,8 @@ class Channel:
         return replace(product, note=note, seconds=time.perf_counter() - began), warm
 
 
-def _check_memory(torus: Torus) -> None:
+def check_memory(torus: Torus) -> None:
+    """Raise UnsupportedQuery where the search would hold too much."""
     # Pivot, factor and the blocks to one or two neighbours, of 16 bytes a number.
     needed = 16.0 * 6 * sum(len(torus.levels[layer.level].counts) * layer.size**2 for layer in torus.layers)
     if needed > _LARGEST:

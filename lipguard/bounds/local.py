@@ -18,9 +18,10 @@ from torch import Tensor
 
 from lipguard.bounds.lipsdp import LipSDP, lipsdp
 from lipguard.bounds.semidefinite import LARGEST_DENSE, Semidefinite, check_query, propose
+from lipguard.bounds.spectral import Spectral
 from lipguard.certificate import Certificate, Domain, LocalMultipliers, Query, Slopes
 from lipguard.errors import SolverFailed
-from lipguard.network import Feedback, Network
+from lipguard.network import Feedback, Implicit, Network
 from lipguard.solvers import batched
 from lipguard.verify import verify_local
 from lipguard.verify.localized import Localized, chunk_size, localize
@@ -59,6 +60,10 @@ class Local:
             UnsupportedQuery: a semidefinite method with a norm other than 2.
             InvalidDomain: a domain does not fit.
         """
+        if any(isinstance(node, Implicit) for node in network.nodes):
+            # No ranges are known of an implicit layer: the bound on all of R^d stands on every domain.
+            overall = self._global(network, Query(query.norm))
+            return [replace(overall, domain=domain) for domain in domains]
         began = time.perf_counter()
         deadline = math.inf if self.time_limit is None else began + self.time_limit
         bare = Certificate(math.nan, "upper", query.norm, None, network.digest, self.name, Slopes())
@@ -75,6 +80,7 @@ class Local:
 
     def _proposals(self, network: Network, bare: list[Certificate], deadline: float) -> tuple[list[Certificate], float]:
         """Certificates with multipliers where a solver found some, and the widest slopes as a share of those on R^d."""
+        network = network.elementwise
         n = network.neurons
         result, share = list(bare), 0.0
         if n * (n + network.inputs) > _LARGEST:
@@ -127,6 +133,12 @@ class Local:
         # From the multipliers of (beta - alpha) u to those of u.
         return (problem.to_network(t, rho) * maps.width[0].square(), rho), note
 
+    def _global(self, network: Network, query: Query) -> Certificate:
+        """The bound on all of R^d by the method of this name."""
+        if self.name == "spectral":
+            return Spectral()(network, query)[0]
+        return Semidefinite(self.name == "lipsdp-layer", self.solver, self.tol, self.time_limit)(network, query)[0]
+
     def _completed(
         self, network: Network, query: Query, proposed: list[Certificate], found: list[Certificate | None], share: float
     ) -> list[Certificate | None]:
@@ -141,8 +153,7 @@ class Local:
                 reason = proposed[i].note or "the multipliers are not provable"
                 found[i] = replace(other, note=f"{reason}; the bound by slopes alone, {other.value:.6g}, stands")
         if share >= _MOSTLY_FREE or any(certificate is None for certificate in found):
-            method = Semidefinite(self.name == "lipsdp-layer", self.solver, self.tol, self.time_limit)
-            overall, _ = method(network, replace(query, domain=None))
+            overall = self._global(network, replace(query, domain=None))
             for i, certificate in enumerate(found):
                 if certificate is None or certificate.value > overall.value:
                     found[i] = replace(overall, domain=proposed[i].domain)

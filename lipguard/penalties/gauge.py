@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lipguard.errors import UnsupportedQuery
-from lipguard.network import Activation, Affine, Input, Network
+from lipguard.network import Activation, Affine, Input, Network, Sum
 from lipguard.penalties.base import Penalty
 from lipguard.penalties.lipsdp import LipSDP
 
@@ -81,9 +81,11 @@ def direct_norm(network: Network) -> float:
         elif isinstance(node, Activation):
             source, alpha = values[node.source], node.function.slopes[0]
             values.append(None if source is None or not bool(alpha.any()) else alpha.to(source) * source)
-        else:
+        elif isinstance(node, Sum):
             parts = [v for v in (values[s] for s in node.sources) if v is not None]
             values.append(torch.stack(parts).sum(0) if parts else None)
+        else:
+            values.append(None)
     path = values[-1]
     return 0.0 if path is None or path.requires_grad else float(torch.linalg.matrix_norm(path, 2))
 

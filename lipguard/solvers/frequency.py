@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from lipguard.errors import SolverFailed
-from lipguard.solvers.first_order import Smoothed, lbfgs
+from lipguard.solvers.first_order import lbfgs
+from lipguard.solvers.relative import Relative
 
 Blocks = Mapping[int, Tensor]
 
@@ -158,7 +159,7 @@ class FrequencyProgram:
         except SolverFailed:
             return math.inf
 
-    def smoothed(self, x: Tensor, p: float) -> Smoothed | None:
+    def smoothed(self, x: Tensor, p: float) -> Relative | None:
         """The Schatten-p norm of S at the multipliers exp(x), its gradient and curvature; None outside the cone.
 
         Derivatives by the envelope theorem, as in `first_order.smoothed`, summed over frequencies.
@@ -187,7 +188,7 @@ class FrequencyProgram:
                 target.index_add_(0, self.groups[k], 2 * ((w.conj() * other).real * share[:, None, :]).sum((0, 2)))
         gradient, curvature = gradient * tau, curvature * tau
         value = float(top.log() + total.log() / p)
-        return Smoothed(value, gradient, curvature, float(top)) if bool(gradient.isfinite().all()) else None
+        return Relative(value, gradient, curvature, float(top), tau) if bool(gradient.isfinite().all()) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,7 +263,7 @@ class Search:
             x, used, found = best.log().float(), 0, {math.inf: best.log().float()}
             for p, share in self.stages.items():
 
-                def function(y: Tensor, p: float = p) -> Smoothed | None:
+                def function(y: Tensor, p: float = p) -> Relative | None:
                     value = part.smoothed(y, p)
                     if value is not None and value.largest < min(found):
                         found.clear()

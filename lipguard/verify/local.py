@@ -10,11 +10,12 @@ from torch import Tensor
 
 from lipguard.certificate import Domain, LocalMultipliers
 from lipguard.errors import NotCertified
-from lipguard.network import Network
+from lipguard.network import Implicit, Network
 from lipguard.rounding import sqrt_up, up
 from lipguard.verify.jacobians import jacobian_bounds
 from lipguard.verify.localized import Localized, chunk_size, localized, proves
 from lipguard.verify.ranges import Regions, propagate
+from lipguard.verify.rewriting import elementwise
 
 _LARGEST_INFLATION = 1e-2
 """Multipliers that prove nothing within this of the proposed squared bound are refused."""
@@ -30,6 +31,7 @@ def check_local_multipliers(
     """
     if norm != (2.0, 2.0):
         raise NotCertified(f"local multipliers prove bounds from 2-norm to 2-norm, not {norm}.")
+    network = _of_neurons(network)
     for item in evidence:
         if item.t.numel() != network.neurons:
             raise NotCertified(f"{item.t.numel()} local multipliers are given for {network.neurons} neurons.")
@@ -44,13 +46,25 @@ def check_local_multipliers(
 
 
 def check_slopes(network: Network, domains: Sequence[Domain], norm: tuple[float, float]) -> list[float]:
-    """Upper bounds of the constants by the slope intervals alone, one for each domain."""
+    """Upper bounds of the constants by the slope intervals alone, one for each domain.
+
+    Raises:
+        NotCertified: the network has an implicit layer.
+    """
+    network = _of_neurons(network)
 
     def check(chunk: slice) -> list[float]:
         propagation = propagate(network, Regions.of(domains[chunk], network.inputs, network.device))
         return jacobian_bounds(propagation, norm).tolist()
 
     return _chunks(network, len(domains), check)
+
+
+def _of_neurons(network: Network) -> Network:
+    """The network with every coupled node made of neurons, whose pre-activations have ranges on a domain."""
+    if any(isinstance(node, Implicit) for node in network.nodes):
+        raise NotCertified("the ranges of an implicit layer on a domain are not known: its bounds are global ones.")
+    return elementwise(network)
 
 
 def least_bounds(maps: Localized, t: Tensor, rho: Tensor) -> list[float]:

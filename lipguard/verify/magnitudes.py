@@ -95,13 +95,13 @@ def coupled_magnitude(function: Coupling, r: Tensor, size: int | None = None) ->
     """
     index = function.index
     match function:
-        case Maxima() if size is None:
-            return torch.cat([r, r.new_zeros(1)])[index].amax(1)
-        case Maxima():
+        case Maxima() if size is not None:
             # An entry may be the largest of every window it lies in.
             place = torch.where(index < 0, size, index)
             total = r.new_zeros(size + 1).index_add(0, place.flatten(), r[:, None].expand_as(index).flatten())[:-1]
             return total * (1 + 2 * gamma(index.numel() + 2))
+        case Maxima():
+            return torch.cat([r, r.new_zeros(1)])[index].amax(1)
         case Sort():
             grouped = r[index].amax(1, keepdim=True).expand_as(index)
         case Reflection():

@@ -1,0 +1,41 @@
+"""Which LipSDP a network gets where none is asked for: one multiplier a neuron, one a channel, or none, by cost."""
+
+from __future__ import annotations
+
+from lipguard.bounds.semidefinite import MEMORY, footprint
+from lipguard.bounds.weighted import quick
+from lipguard.errors import UnsupportedQuery
+from lipguard.network import Affine, Conv, Network
+
+_QUICK = 4e9
+"""Sum of the cubes of a program's fronts up to which one multiplier a neuron is affordable: some minutes at most."""
+
+
+def default_method(network: Network, norm: tuple[float, float]) -> str:
+    """The tightest method whose cost is reasonable.
+
+    For the 2-norm LipSDP with one multiplier a neuron; where that takes too long, and the network is convolutional, with
+    one a channel. In other norms the weighted programs where they take seconds, else the product of the layers' norms.
+    """
+    if norm != (2.0, 2.0):
+        return "lipsdp-neuron" if quick(network, norm) else "spectral"
+    needed, cubes = footprint(network).needed, footprint(network).cubes
+    if needed <= MEMORY and cubes <= _QUICK:
+        return "lipsdp-neuron"
+    if has_channels(network):
+        return "lipsdp-channel"
+    return "lipsdp-neuron" if needed <= MEMORY else "spectral"
+
+
+def has_channels(network: Network) -> bool:
+    """Whether LipSDP with one multiplier a channel applies."""
+    from lipguard.bounds.channel import check_memory
+    from lipguard.network.torus import Torus
+
+    if not any(isinstance(node, Affine) and isinstance(node.operator, Conv) for node in network.nodes):
+        return False
+    try:
+        check_memory(Torus(network))
+    except UnsupportedQuery:
+        return False
+    return True
