@@ -31,7 +31,7 @@ def blobs(count: int = 240, classes: int = 3, dim: int = 4) -> tuple[Tensor, Ten
 def classifier(request) -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     activation = nn.Tanh if request.param == "tanh" else nn.ReLU
-    model: nn.Module = nn.Sequential(nn.Linear(4, 16), activation(), nn.Linear(16, 12), activation(), nn.Linear(12, 3))
+    model: nn.Module = nn.Sequential(nn.Linear(4, 10), activation(), nn.Linear(10, 8), activation(), nn.Linear(8, 3))
     if request.param == "skip":
         model = _Skip()
     x, y = blobs()
@@ -40,7 +40,7 @@ def classifier(request) -> tuple[nn.Module, Tensor, Tensor]:
         optimizer.zero_grad()
         functional.cross_entropy(model(x), y).backward()
         optimizer.step()
-    return model, x[:24], y[:24]
+    return model, x[:15], y[:15]
 
 
 class _Skip(nn.Module):

@@ -321,6 +321,17 @@ def test_ranges_hold_every_value(name, norm):
             assert bool((values >= low[k]).all()) and bool((values <= high[k]).all())
 
 
+def test_balls_as_tensors_are_the_balls():
+    generator = torch.Generator().manual_seed(0)
+    centers, radii = torch.rand(6, 5, generator=generator, dtype=F64), torch.tensor([0.0, 1e-9, 0.1, 0.3, 1.0, 7.0], dtype=F64)
+    for box in (None, lg.Box(0.0, 1.0)):
+        tensors = Regions.around(centers, radii, box)
+        domains = [lg.Ball(c, r, 2.0, box) for c, r in zip(centers, radii.tolist(), strict=True)]
+        objects = Regions.of(domains, 5, torch.device("cpu"))
+        for name in ("lower", "upper", "center", "radius", "norms"):
+            assert torch.equal(getattr(tensors, name), getattr(objects, name)), name
+
+
 def test_a_neuron_without_slope_proves_zero():
     model = nn.Sequential(nn.Linear(2, 3, dtype=F64), nn.ReLU(), nn.Linear(3, 2, dtype=F64))
     model[0].bias.data.fill_(-100.0)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lipguard.bounds.counterexample import nearest_found
 from lipguard.bounds.local import BATCHED, solve
 from lipguard.bounds.pairs import functionals, pair_bounds
-from lipguard.certificate import Ball, Box
+from lipguard.certificate import Box
 from lipguard.errors import InvalidDomain, InvalidExample, UnknownName, UnsupportedQuery
 from lipguard.network import Network
 from lipguard.network.capture import capture
@@ -230,8 +230,7 @@ def _differences(y: Tensor, m: int) -> Tensor:
 
 
 def _propagated(task: _Task, x: Tensor, radius: Tensor) -> Propagation:
-    balls = [Ball(center, r, 2.0, task.box) for center, r in zip(x, radius.tolist(), strict=True)]
-    return propagate(task.network, Regions.of(balls, task.network.inputs, task.network.device))
+    return propagate(task.network, Regions.around(x, radius, task.box))
 
 
 def _search(

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lipguard.certificate import Ball, Domain
+from lipguard.certificate import Ball, Box, Domain
 from lipguard.network import Activation, Affine, Input, Network, Operator, Sum
 from lipguard.rounding import TINY, UNIT, gamma
 from lipguard.verify.relaxation import Lines, deviation, relax
@@ -67,6 +67,18 @@ class Regions:
         radius = torch.tensor([math.inf if ball is None else float(ball.radius) for ball in balls], dtype=torch.float64)
         norms = torch.tensor([math.inf if ball is None else float(ball.norm) for ball in balls], dtype=torch.float64)
         return Regions(lower, upper, torch.stack(middles).to(device), radius.to(device), norms.to(device))
+
+    @staticmethod
+    def around(center: Tensor, radius: Tensor, box: Box | None = None) -> Regions:
+        """2-balls around points (K, d) with radii (K,), within a box that holds the points."""
+        end = torch.full_like(center, math.inf)
+        moved = radius[:, None] > 0
+        lower = torch.where(moved, torch.nextafter(center - radius[:, None], -end), center)
+        upper = torch.where(moved, torch.nextafter(center + radius[:, None], end), center)
+        if box is not None:
+            low, high = (side.to(center) for side in box.bounds(center.shape[1]))
+            lower, upper = torch.maximum(lower, low), torch.minimum(upper, high)
+        return Regions(lower, upper, center, radius, torch.full_like(radius, 2.0))
 
     def largest(self, rows: Tensor) -> Tensor:
         """Upper bounds of rows x over each domain, rows (K or 1, r, d), rounding included: (K, r)."""
