@@ -1,7 +1,7 @@
 """MaxMin against ReLU with the same weights budget on digits: as many weights, of the same norms.
 
 First trained freely, then with orthogonal layers scaled to a product of norms. MaxMin keeps the norm of gradients, ReLU
-loses some of it in every layer, and makes less of the same budget. Of MaxMin two values of LipSDP are given: lipguard's,
+loses some of it in every layer where a neuron is off. Of MaxMin two values of LipSDP are given: lipguard's,
 and that of the same function written in ReLUs, which does not know that MaxMin is 1-Lipschitz.
 
 Certified is a test image whose margin exceeds sqrt(2) times LipSDP's bound times 0.25: no change of the image by 0.25 in
