@@ -531,6 +531,27 @@ def test_what_is_not_well_posed_has_no_certificate(w):
                 lg.verify(bad, proposed)
 
 
+@pytest.mark.parametrize("w", [-3.0, -0.5, 0.5, 0.9])
+def test_no_evidence_proves_less_than_the_truth(w):
+    # y = relu(2 z), z = relu(w z + 3 x): constant 6 / (1 - w), alone, doubled by a second implicit layer, and beside a skip.
+    single = implicit([[w]], [[3.0]], [[2.0]])
+    deeper = Network((*single.nodes, Activation(3, activations.relu())))
+    twice = Network((*deeper.nodes, Implicit(4, Dense(matrix([0.5])), activations.leaky_relu(0.1), "second")))
+    constant = 6 / (1 - w)
+    generator = torch.Generator().manual_seed(0)
+    for net, truth in ((single, constant), (deeper, constant), (twice, 2 * constant)):
+        proved = lg.bound(net)
+        assert proved.value == pytest.approx(truth, rel=1e-5) and proved.value >= truth * (1 - 1e-15)
+        for share in (0.1, 0.7, 0.99):
+            for _ in range(20):
+                t = proved.evidence.t * 10 ** (4 * torch.rand(net.neurons, dtype=F64, generator=generator) - 2)
+                claim = dataclasses.replace(proved, evidence=Multipliers(t, share * truth**2))
+                try:
+                    assert lg.verify(net, claim).value >= truth * (1 - 1e-15)
+                except NotCertified:
+                    continue
+
+
 def test_well_posedness_by_a_scaling_that_is_not_the_identity():
     # T = I fails for this weight (its symmetric part has an eigenvalue above 1), T = diag(1, 100) does.
     net = implicit([[0.0, 0.0], [30.0, 0.0]], [[1.0], [0.0]], [[0.0, 1.0]])
