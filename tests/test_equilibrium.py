@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import math
 
+import cvxpy as cp
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -286,6 +288,58 @@ def test_values_and_derivatives_of_general_activations():
             assert lower <= upper.value <= lg.bound(net, norm=norm, method="contraction").value * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_bounds_cover_every_slope_pattern(seed):
+    # Each D in {0, 1}^n, reached by some input or not, has the Jacobian C (I - D W)^-1 D U; all bounds hold for all of them.
+    torch.manual_seed(seed)
+    make = (LipschitzEquilibrium, ContractiveEquilibrium)[seed % 2]
+    module = make(3, 6, 2, dtype=F64)
+    w, u, _, c, _ = (m.detach() for m in module.matrices())
+    patterns = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=F64)] * 6)
+    jacobians = c @ torch.linalg.solve(torch.eye(6, dtype=F64) - patterns[:, :, None] * w, patterns[:, :, None] * u)
+    net = captured_of(module)
+    for p in (1, 2, INF):
+        largest = float(torch.linalg.matrix_norm(jacobians, p).max())
+        for method in ("lipsdp-neuron", "lipsdp-layer", "spectral"):
+            assert largest <= lg.bound(net, norm=p, method=method).value
+        assert sampled(net, p) <= largest * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("function", [activations.relu(), activations.leaky_relu(0.3), smooth.gelu()])
+def test_program_with_a_diagonal_block_meets_clarabel(function):
+    # rho E + sum_j t_j [(e - alpha q)(e - beta q)' + transpose] - C'C >= 0 from the dense matrices, two layers, one implicit.
+    torch.manual_seed(15)
+    w = 0.4 * torch.randn(5, 5, dtype=F64)
+    net = implicit(w, torch.randn(5, 3, dtype=F64), torch.randn(4, 5, dtype=F64), function)
+    net = Network((*net.nodes, Activation(3, activations.relu()), Affine(4, Dense(torch.randn(2, 4, dtype=F64)))))
+    fb = net.feedback()
+    a, b, c, d = (m.numpy() for m in fb.dense())
+    assert abs(b[:5, :5]).max() > 0
+    n, inputs = a.shape
+    q, e, y = np.hstack([b, a]), np.hstack([np.eye(n), np.zeros((n, inputs))]), np.hstack([c, d])
+    t, rho = cp.Variable(n, nonneg=True), cp.Variable()
+    half = (e - fb.alpha.numpy()[:, None] * q).T @ cp.diag(t) @ (e - fb.beta.numpy()[:, None] * q)
+    z = rho * np.diag([0.0] * n + [1.0] * inputs) + half + half.T - y.T @ y
+    problem = cp.Problem(cp.Minimize(rho), [z >> 0])
+    problem.solve(solver="CLARABEL")
+    for solver in ("interior-point", "first-order", "clarabel"):
+        found = lg.bound(net, solver=solver)
+        assert found.method == "lipsdp-neuron"
+        assert found.value == pytest.approx(math.sqrt(problem.value), rel=1e-5 if solver != "first-order" else 1e-3)
+
+
+def test_live_weights_carry_gradients():
+    torch.manual_seed(16)
+    model = nn.Sequential(LipschitzEquilibrium(3, 6, 2, dtype=F64), nn.Tanh(), ContractiveEquilibrium(2, 4, 2, dtype=F64))
+    x = torch.randn(5, 3, dtype=F64)
+    lg.capture(model, x, live=True)(x).pow(2).sum().backward()
+    through_network = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(x).pow(2).sum().backward()
+    for p, g in zip(model.parameters(), through_network, strict=True):
+        assert torch.allclose(p.grad, g, rtol=1e-7, atol=1e-9)
+
+
 def test_an_equilibrium_inside_a_network():
     torch.manual_seed(11)
 
@@ -475,6 +529,27 @@ def test_what_is_not_well_posed_has_no_certificate(w):
             proposed = dataclasses.replace(lg.bound(good), digest=bad.digest, evidence=Multipliers(scale * matrix([1.0])[0], rho))
             with pytest.raises(NotCertified):
                 lg.verify(bad, proposed)
+
+
+@pytest.mark.parametrize("w", [-3.0, -0.5, 0.5, 0.9])
+def test_no_evidence_proves_less_than_the_truth(w):
+    # y = relu(2 z), z = relu(w z + 3 x): constant 6 / (1 - w), alone, doubled by a second implicit layer, and beside a skip.
+    single = implicit([[w]], [[3.0]], [[2.0]])
+    deeper = Network((*single.nodes, Activation(3, activations.relu())))
+    twice = Network((*deeper.nodes, Implicit(4, Dense(matrix([0.5])), activations.leaky_relu(0.1), "second")))
+    constant = 6 / (1 - w)
+    generator = torch.Generator().manual_seed(0)
+    for net, truth in ((single, constant), (deeper, constant), (twice, 2 * constant)):
+        proved = lg.bound(net)
+        assert proved.value == pytest.approx(truth, rel=1e-5) and proved.value >= truth * (1 - 1e-15)
+        for share in (0.1, 0.7, 0.99):
+            for _ in range(20):
+                t = proved.evidence.t * 10 ** (4 * torch.rand(net.neurons, dtype=F64, generator=generator) - 2)
+                claim = dataclasses.replace(proved, evidence=Multipliers(t, share * truth**2))
+                try:
+                    assert lg.verify(net, claim).value >= truth * (1 - 1e-15)
+                except NotCertified:
+                    continue
 
 
 def test_well_posedness_by_a_scaling_that_is_not_the_identity():

@@ -29,7 +29,7 @@ from lipguard.verify.weighted import NORMS, check_part, parts_of
 _LARGEST = 3000
 """Order of the matrix inequality beyond which no weighted program is tried: minutes for every output."""
 
-_QUICK = 3e9
+_QUICK = 3e8
 """Cubes of the order, times the programs, up to which `bound` takes the weighted program without being asked: seconds."""
 
 _LEAST = 1e-12

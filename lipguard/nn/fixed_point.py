@@ -141,7 +141,7 @@ class Splitting:
         else:
             alpha = torch.full_like(weight[0], self.alpha)
         inverse = torch.linalg.inv(eye + alpha[:, None] * (eye - weight)).T
-        tol = max(tol, _floor(weight))
+        progress = _Progress(tol, _floor(weight))
         z = u = torch.zeros_like(v)
         for iteration in range(1, limit + 1):
             reflected = 2 * z - u
@@ -149,7 +149,7 @@ class Splitting:
             # (1 + alpha) half - alpha W half = reflected + alpha v: the pre-activation of `half` costs no product.
             p = ((1 + alpha) * half - reflected) / alpha
             residual = _residual(half, half - response(p), v)
-            if residual <= tol or iteration == limit:
+            if progress.ends(residual) or iteration == limit:
                 return Solution(half, p, residual, iteration)
             u = 2 * half - reflected
             z = response.prox(u, alpha)
@@ -167,13 +167,13 @@ class Averaging:
     def __call__(self, weight: Tensor, v: Tensor, response: Response, tol: float, limit: int) -> Solution:
         """As for `Splitting`."""
         step = 1 / (1 - weight.diagonal().amin().clamp_max(0))
-        tol = max(tol, _floor(weight))
+        progress = _Progress(tol, _floor(weight))
         z = torch.zeros_like(v)
         for iteration in range(1, limit + 1):
             p = z @ weight.T + v
             error = z - response(p)
             residual = _residual(z, error, v)
-            if residual <= tol or iteration == limit:
+            if progress.ends(residual) or iteration == limit:
                 return Solution(z, p, residual, iteration)
             z = z - step * error
         raise InvalidModel(f"max_iterations={limit}: at least one is needed.")
@@ -191,9 +191,27 @@ def _residual(z: Tensor, error: Tensor, v: Tensor) -> float:
     return worst if worst == worst else float("inf")
 
 
+@dataclass
+class _Progress:
+    """When to stop: at the tolerance, or where rounding has made an end of progress, `_PATIENCE` iterations without any."""
+
+    tol: float
+    floor: float
+    best: float = float("inf")
+    waited: int = 0
+
+    def ends(self, residual: float) -> bool:
+        self.waited = 0 if residual < self.best else self.waited + 1
+        self.best = min(self.best, residual)
+        return residual <= self.tol or (residual <= self.floor and self.waited >= _PATIENCE)
+
+
+_PATIENCE = 10
+
+
 def _floor(weight: Tensor) -> float:
-    """What rounding leaves of a residual: sums of independent errors, as rows' 2-norms have them."""
-    return 2 * torch.finfo(weight.dtype).eps * (1 + float(torch.linalg.vector_norm(weight.detach(), dim=1).max()))
+    """A residual that rounding may leave: sums of independent errors, as rows' 2-norms have them, with room for a few."""
+    return 8 * torch.finfo(weight.dtype).eps * (1 + float(torch.linalg.vector_norm(weight.detach(), dim=1).max()))
 
 
 @dataclass

@@ -85,10 +85,13 @@ def propose_magnitude(node: Implicit, b: Tensor, transposed: bool) -> Tensor:
     weight = node.operator.dense().T if transposed else node.operator.dense()
     k = _amplification(node, weight)
     n = k[:, None] * (weight - torch.diag(weight.diagonal())).abs()
-    # A smallest share for entries that the input does not reach; the inequality must be strict.
-    forced = k * b + 1e-9 * (float((k * b).max()) + torch.finfo(torch.float64).tiny ** 0.5)
-    y, info = torch.linalg.solve_ex(torch.eye(len(k), dtype=k.dtype, device=k.device) - n, forced)
-    return y * (1 + 1e-11) if int(info) == 0 else torch.full_like(y, math.nan)
+    system = torch.eye(len(k), dtype=k.dtype, device=k.device) - n
+    y, info = torch.linalg.solve_ex(system, k * b)
+    if int(info) != 0:
+        return torch.full_like(y, math.nan)
+    # What rounding may take from the inequality is added to it, and a smallest share where the input does not reach.
+    least = 1e-12 * float((k * b).max()) + torch.finfo(torch.float64).tiny ** 0.5
+    return torch.linalg.solve(system, k * b + 16 * gamma(len(k) + 8) * (y.abs() + n @ y.abs()) + least)
 
 
 def prove_magnitude(node: Implicit, b: Tensor, y: Tensor, transposed: bool = False) -> None:
