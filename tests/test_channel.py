@@ -482,6 +482,19 @@ def test_records_keep_the_evidence() -> None:
     assert lg.verify(network, again).value == good.value
 
 
+@pytest.mark.parametrize("scale", [2.0**20, 2.0**-200])
+def test_scales_change_nothing(scale: float) -> None:
+    plain, scaled = (nn.Sequential(nn.Conv1d(1, 2, 3, 1, 1), nn.ReLU(), nn.Conv1d(2, 2, 3, 2, 1)).double() for _ in range(2))
+    plain.append(nn.ReLU())
+    scaled.append(nn.ReLU())
+    scaled.load_state_dict(plain.state_dict())
+    for i, factor in ((0, scale), (2, 1 / scale)):
+        scaled[i].weight.data *= factor  # type: ignore[operator]
+        scaled[i].bias.data *= factor  # type: ignore[operator]
+    values = [Channel()(captured(module, (1, 1, 8)), Query())[0] for module in (plain, scaled)]
+    assert values[0].value == pytest.approx(values[1].value, rel=5e-3)
+
+
 def test_a_neighbour_starts_from_the_last_multipliers() -> None:
     network = small(6)
     first, state = Channel()(network, Query())
