@@ -29,7 +29,7 @@ from lipguard.solvers.frequency import Search
 from lipguard.verify.channel import front
 
 _CONVOLUTIONS = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}
-_LARGEST_SIDE = {1: 9, 2: 7, 3: 4}
+_LARGEST_SIDE, _LARGEST_RESULT = {1: 9, 2: 6, 3: 3}, {1: 12, 2: 7, 3: 3}
 
 
 def images(seed: int, dims: int | None = None, head: bool | None = None) -> tuple[nn.Module, tuple[int, ...]]:
@@ -40,7 +40,7 @@ def images(seed: int, dims: int | None = None, head: bool | None = None) -> tupl
     channels = rng.choice((1, 2))
     shape = (1, channels, *[rng.randint(3, _LARGEST_SIDE[dims]) for _ in range(dims)])
     layers: list[nn.Module] = []
-    for _ in range(rng.randint(1, 3)):
+    for _ in range(rng.randint(1, 4 - dims) if dims > 1 else rng.randint(1, 3)):
         for _ in range(20):
             layer = _CONVOLUTIONS[dims][rng.random() < 0.3](
                 channels,
@@ -55,12 +55,14 @@ def images(seed: int, dims: int | None = None, head: bool | None = None) -> tupl
                 result = nn.Sequential(*layers, layer)(torch.zeros(shape)).shape
             except RuntimeError:  # the kernel does not fit
                 continue
-            if min(result[2:]) > 1 and max(result[2:]) <= 12:
+            if min(result[2:]) > 1 and max(result[2:]) <= _LARGEST_RESULT[dims]:
                 layers.append(layer)
                 channels = 4
                 break
         if layers and rng.random() < 0.8:
             layers.append(rng.choice((nn.ReLU, lambda: nn.LeakyReLU(0.2), nn.GELU))())
+    if not layers:
+        layers.append(_CONVOLUTIONS[dims][0](channels, 4, 1))
     layers.append(nn.ReLU())
     if rng.random() < 0.6 if head is None else head:
         size = nn.Sequential(*layers)(torch.zeros(shape)).numel()
