@@ -64,7 +64,7 @@ def _parser() -> ArgumentParser:
     bound.add_argument(
         "--input-shape", type=str | None, help="shape with its batch dimension, such as 1,784; one number n means 1,n"
     )
-    bound.add_argument("--method", type=str | None, help="lipsdp-neuron, lipsdp-layer, spectral or sampling (a lower bound)")
+    bound.add_argument("--method", type=str | None, help="lipsdp-neuron, -layer, -channel, spectral or sampling (a lower bound)")
     bound.add_argument("--solver", type=str, default="auto", help="solver that proposes the bound; see lipguard doctor")
     bound.add_argument("--norm", type=str, default="2", help="1, 2 or inf, or two of them: input,output")
     bound.add_argument(

@@ -29,7 +29,7 @@ from lipguard.solvers.frequency import Search
 from lipguard.verify.channel import front
 
 _CONVOLUTIONS = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}
-_LARGEST_SIDE = {1: 9, 2: 7, 3: 4}
+_LARGEST_SIDE, _LARGEST_RESULT = {1: 9, 2: 6, 3: 3}, {1: 12, 2: 7, 3: 3}
 
 
 def images(seed: int, dims: int | None = None, head: bool | None = None) -> tuple[nn.Module, tuple[int, ...]]:
@@ -40,7 +40,7 @@ def images(seed: int, dims: int | None = None, head: bool | None = None) -> tupl
     channels = rng.choice((1, 2))
     shape = (1, channels, *[rng.randint(3, _LARGEST_SIDE[dims]) for _ in range(dims)])
     layers: list[nn.Module] = []
-    for _ in range(rng.randint(1, 3)):
+    for _ in range(rng.randint(1, 4 - dims) if dims > 1 else rng.randint(1, 3)):
         for _ in range(20):
             layer = _CONVOLUTIONS[dims][rng.random() < 0.3](
                 channels,
@@ -55,12 +55,14 @@ def images(seed: int, dims: int | None = None, head: bool | None = None) -> tupl
                 result = nn.Sequential(*layers, layer)(torch.zeros(shape)).shape
             except RuntimeError:  # the kernel does not fit
                 continue
-            if min(result[2:]) > 1 and max(result[2:]) <= 12:
+            if min(result[2:]) > 1 and max(result[2:]) <= _LARGEST_RESULT[dims]:
                 layers.append(layer)
                 channels = 4
                 break
         if layers and rng.random() < 0.8:
             layers.append(rng.choice((nn.ReLU, lambda: nn.LeakyReLU(0.2), nn.GELU))())
+    if not layers:
+        layers.append(_CONVOLUTIONS[dims][0](channels, 4, 1))
     layers.append(nn.ReLU())
     if rng.random() < 0.6 if head is None else head:
         size = nn.Sequential(*layers)(torch.zeros(shape)).numel()
@@ -480,6 +482,19 @@ def test_records_keep_the_evidence() -> None:
     assert again.evidence.sides == good.evidence.sides
     assert all(torch.equal(again.evidence.t[i], t) for i, t in good.evidence.t.items())
     assert lg.verify(network, again).value == good.value
+
+
+@pytest.mark.parametrize("scale", [2.0**20, 2.0**-200])
+def test_scales_change_nothing(scale: float) -> None:
+    plain, scaled = (nn.Sequential(nn.Conv1d(1, 2, 3, 1, 1), nn.ReLU(), nn.Conv1d(2, 2, 3, 2, 1)).double() for _ in range(2))
+    plain.append(nn.ReLU())
+    scaled.append(nn.ReLU())
+    scaled.load_state_dict(plain.state_dict())
+    for i, factor in ((0, scale), (2, 1 / scale)):
+        scaled[i].weight.data *= factor  # type: ignore[operator]
+        scaled[i].bias.data *= factor  # type: ignore[operator]
+    values = [Channel()(captured(module, (1, 1, 8)), Query())[0] for module in (plain, scaled)]
+    assert values[0].value == pytest.approx(values[1].value, rel=5e-3)
 
 
 def test_a_neighbour_starts_from_the_last_multipliers() -> None:

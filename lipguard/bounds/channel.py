@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -21,6 +22,9 @@ from lipguard.verify import verify
 
 _THINNEST = 1e-6
 """Slope intervals thinner than this are widened to it, as the checker does."""
+
+_SECONDS = 120.0
+"""Time for the search where none is given: what is gained later is little beside what was gained before."""
 
 _LARGEST = 6e9
 """Bytes that the search may hold."""
@@ -42,7 +46,7 @@ class Channel:
         granularity: one multiplier a channel (vectors: a neuron), or one a layer.
         solver: "auto" or "first-order", the one there is.
         tol: a stage of the search ends when five steps lower log rho by less than this, at least 2e-3.
-        time_limit: seconds for the search; the best multipliers found by then are proved.
+        time_limit: seconds for the search, two minutes if None; the best multipliers found by then are proved.
 
     Source: Fazlyab et al. 2019, arXiv:1906.04893, on the torus of `lipguard.network.torus`.
     """
@@ -71,13 +75,12 @@ class Channel:
         product, _ = Spectral()(network, query)
         torus = Torus(network)
         check_memory(torus)
-        deadline = math.inf if self.time_limit is None else began + self.time_limit
+        deadline = began + (_SECONDS if self.time_limit is None else self.time_limit)
         note, warm = "", None
         try:
             problem = _Problem(torus, self.granularity == "layer")
             start = None if state is None else problem.to_program(state.t, state.rho)
             tau, rho, steps = Search(tol=max(self.tol, 2e-3))(problem.program, start, deadline)
-            # What the first front, the last one and the sums between lose to rounding is proved with less than this.
             evidence = ChannelMultipliers(problem.to_network(tau, rho), rho, torus.sides)
             proposed = Certificate(math.sqrt(rho), "upper", query.norm, query.domain, network.digest, "lipsdp-channel", evidence)
             found = replace(verify(network, proposed), details={"iterations": steps, "product": product.value})
@@ -93,8 +96,13 @@ class Channel:
 
 def check_memory(torus: Torus) -> None:
     """Raise UnsupportedQuery where the search would hold too much."""
-    # Pivot, factor and the blocks to one or two neighbours, of 16 bytes a number.
-    needed = 16.0 * 6 * sum(len(torus.levels[layer.level].counts) * layer.size**2 for layer in torus.layers)
+    # Pivot and factor, and the blocks to the next layer or two, of 16 bytes a number.
+    cells = 0.0
+    for layer, following in pairwise((*torus.layers, torus.layers[-1])):
+        finest = min(layer.level, following.level)
+        cells += 3 * len(torus.levels[layer.level].counts) * layer.size**2
+        cells += 4 * len(torus.levels[finest].counts) * layer.size * following.size
+    needed = 16 * cells
     if needed > _LARGEST:
         worst = max(torus.layers, key=lambda layer: layer.size)
         name = torus.network.nodes[worst.node].name or f"node {worst.node}"

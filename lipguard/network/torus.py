@@ -244,8 +244,12 @@ class Torus:
                     link(node.source, i, tuple(Fraction(1, s) if conv.transposed else Fraction(s) for s in conv.stride))
             elif not isinstance(node, Input):
                 for s in sources_of(node):
-                    if self.shapes[s]:
-                        link(s, i, same)
+                    if self.shapes[s] != self.shapes[i]:
+                        raise UnsupportedQuery(
+                            f"{node.name or f'node {i}'}: an image of shape {self.shapes[i]} is made from one of shape "
+                            f"{self.shapes[s]}. {_REMEDY}"
+                        )
+                    link(s, i, same)
         strides: dict[int, tuple[Fraction, ...]] = {}
         for root in images:
             if root in strides:

@@ -259,8 +259,11 @@ class Search:
         """
         with torch.no_grad():
             best, rho = program.interior() if start is None else program.interior(start, margin=0.5)
-            part = program.single()
-            x, used, found = best.log().float(), 0, {math.inf: best.log().float()}
+            part, x = program.single(), best.log().float()
+            trial = part.smoothed(x, min(self.stages))
+            if trial is None or not 0.99 * rho < trial.largest < 1.01 * rho:  # beyond the range of single precision
+                part, x = program, best.log()
+            used, found = 0, {math.inf: x}
             for p, share in self.stages.items():
 
                 def function(y: Tensor, p: float = p) -> Relative | None:

@@ -115,7 +115,7 @@ class TorusForm:
                     convs[i] = conv
                 case Activation() | Sum():
                     for s in _sources(node):
-                        if s not in self.images or self.sides[s] != side:
+                        if s not in self.images or self.sides[s] != side or self.shapes[s] != shape:
                             raise NotCertified(f"node {i}: images on different tori meet.")
                 case Input():
                     pass

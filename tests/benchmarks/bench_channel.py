@@ -69,8 +69,9 @@ def main(names: list[str]) -> None:
         neuron = f", one a neuron {lg.bound(network).value:.5g}" if network.neurons < 600 else ""
         lower = lg.bound(network, method="sampling", time_limit=2).value
         print(
-            f"{name}: {found.value:.5g} ({found.rigor}, {found.method}, {found.details.get('iterations')} steps) in {seconds:.1f} s, "
-            f"{work:.1f} s of CPU; product {product:.5g}, ratio {found.value / product:.3g}{neuron}; sampled {lower:.4g} {found.note}",
+            f"{name}: {found.value:.5g} ({found.rigor}, {found.method}, {found.details.get('iterations')} steps) "
+            f"in {seconds:.1f} s, {work:.1f} s of CPU; product {product:.5g}, ratio {found.value / product:.3g}{neuron}; "
+            f"sampled {lower:.4g} {found.note}",
             flush=True,
         )
 
