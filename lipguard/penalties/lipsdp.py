@@ -30,6 +30,9 @@ from lipguard.solvers.first_order import Smoothed
 from lipguard.solvers.slope_program import Proposal, SlopeProgram
 from lipguard.solvers.threads import one_thread
 
+_SINGLE = 256
+"""Neurons beyond which single precision is the default."""
+
 _LONGEST = 0.3
 """Change of log t_j at most by the step that a factorisation gives."""
 
@@ -218,7 +221,8 @@ class LipSDP(Penalty):
     Args:
         model, example, submodule: as for every `Penalty`.
         every: calls for one factorisation, at least 1.
-        dtype: of the factorisations. float32 is twice as fast; where it fails, float64 is used.
+        dtype: of the factorisations; None takes float32, which is twice as fast, for networks of more than 256 neurons. Where
+            float32 fails, float64 is used.
 
     Attributes:
         rho: squared bound of the multipliers at the last factorisation.
@@ -230,7 +234,7 @@ class LipSDP(Penalty):
         example: Tensor | None = None,
         submodule: str | None = None,
         every: int = 5,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if every < 1:
             raise UnsupportedQuery(f"LipSDP: every={every!r} must be at least 1.")
@@ -275,7 +279,7 @@ class LipSDP(Penalty):
             problem = problem_of(network.feedback())
             if not problem.program.sizes or not any(-1 in row for row in (*problem.program.rows, problem.program.out)):
                 return Spectral()(network, query)[0]
-            program = problem.program.to(self.dtype)
+            program = problem.program.to(self._precision(network))
             notes: list[str] = []
             proposal = None
             try:
@@ -296,7 +300,7 @@ class LipSDP(Penalty):
             if self._next is None:
                 check(network)
             reason = ""
-            for dtype in dict.fromkeys((self.dtype, torch.float64)):
+            for dtype in dict.fromkeys((self._precision(network), torch.float64)):
                 # Matrices are copied once, in the precision they are used in; operators that are unrolled give float64.
                 dense = all(isinstance(n.operator, Dense) for n in network.nodes if isinstance(n, Affine))
                 plain = detached(network, dtype if dense else torch.float64)
@@ -318,6 +322,9 @@ class LipSDP(Penalty):
                 return contact(problem, plain, fixed, t, found.eigenvalues[felt], found.responses[:, felt])
         self._next = None
         raise SolverFailed(f"the lipsdp penalty has no value at these weights: {reason or 'no multipliers lie in the cone.'}")
+
+    def _precision(self, network: Network) -> torch.dtype:
+        return self.dtype or (torch.float32 if network.neurons > _SINGLE else torch.float64)
 
     def _step(self, found: Smoothed) -> Tensor:
         """The step that follows a factorisation, coordinate by coordinate shorter where the last one went too far."""
