@@ -229,7 +229,7 @@ class Learner(Classifier):
         self.example_input_array = torch.zeros(1, 8)
 
     def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), lr=5e-3)
+        return torch.optim.Adam(self.parameters(), lr=3e-3)
 
 
 @pytest.mark.parametrize(("penalty", "target"), [("lipsdp", 5.0), ("spectral", 5.0)])
@@ -238,7 +238,7 @@ def test_the_bound_comes_to_its_target(tmp_path, penalty, target):
     batches, net = digits_like()
     module = Learner(net)
     regularizer = LipschitzRegularizer(penalty, target=target, on_failure="raise")
-    trainer(tmp_path, regularizer, max_epochs=15).fit(module, batches)
+    trainer(tmp_path, regularizer, max_epochs=20).fit(module, batches)
     assert lg.bound(module, torch.zeros(1, 8)).value == pytest.approx(target, rel=0.05)
     assert regularizer.weight > 1e-3  # it was needed
 

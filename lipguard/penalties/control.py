@@ -72,8 +72,8 @@ class Target(Controller):
 
     target: float
     weight: float = 0.05
-    gain: float = 20.0
-    rate: float = 0.5
+    gain: float = 10.0
+    rate: float = 0.2
     near: float = 0.2
     longest: float = 0.5
     least: float = 1e-8

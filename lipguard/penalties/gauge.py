@@ -47,6 +47,7 @@ class Gauge:
         self.proves = getattr(penalty, "domain", None) is None and not isinstance(penalty, Local)
         self.proved, self.offset = math.nan, 0.0
         self.due = self.proves
+        self._own = penalty if isinstance(penalty, LipSDP) else None
         self._beside = None if type(penalty) is LipSDP or not self.proves else LipSDP(module, example, submodule)
         self._bound = LipSDP(module, example, submodule)
 
@@ -59,7 +60,8 @@ class Gauge:
         if self._beside is not None:
             with torch.no_grad():
                 log_bound = float(self._beside())
-        if self.due:
+        sensor = self._beside or self._own
+        if self.due and (sensor is None or sensor.fresh):
             self.due = False
             proved = self._bound.certificate().value
             if math.isfinite(log_bound) and 0 < proved < math.inf:

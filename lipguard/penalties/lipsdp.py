@@ -212,7 +212,7 @@ class LipSDP(Penalty):
     """`lipsdp` with multipliers that follow the weights.
 
     Every `every`-th call factorises at the current weights and moves the multipliers one step on, at no further
-    factorisation. The calls between take the derivative at the last maximiser; their value extrapolates to first order.
+    factorisation. The calls between repeat the last value, with the derivative at its maximiser for the weights of the moment.
     Multipliers that the weights have left outside the cone are pulled inside and refined, or found anew.
 
     Measured on 64-64-64-10 under Adam (lr 1e-3), the bound at these multipliers is 0.1 % above the optimum, and 1 % early on,
@@ -226,6 +226,7 @@ class LipSDP(Penalty):
 
     Attributes:
         rho: squared bound of the multipliers at the last factorisation.
+        fresh: whether the last call factorised.
     """
 
     def __init__(
@@ -247,23 +248,21 @@ class LipSDP(Penalty):
         self._rate: Tensor | None = None  # share of the single-coordinate step that is taken
         self.rho = math.nan
         self._contact: Contact | None = None
-        self._offset = 0.0
+        self.fresh = False
 
     def __call__(self, inputs: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Logarithm of the bound; `inputs` and `labels` are not read."""
         network = self.network(native=True)
         slopes = self._slopes(network)
-        fresh = self._contact is None or self.calls % self.every == 0
-        if fresh:
+        self.fresh = self._contact is None or self.calls % self.every == 0
+        if self.fresh:
             self._contact = None  # should this fail, the next call tries again
             self._contact = self._factorise(network, slopes)
         assert self._contact is not None
         self.calls += 1
         self.rho = self._contact.rho
         slope = along(network, self._contact, slopes)
-        if fresh:
-            self._offset = 0.5 * math.log(self._contact.rho) - float(slope.detach())
-        return slope + self._offset
+        return slope - slope.detach() + 0.5 * math.log(self.rho)
 
     def certificate(self) -> Certificate:
         """The proven bound of the module at the weights of this moment, from the multipliers carried, refined by counted steps.
@@ -363,7 +362,6 @@ class LipSDP(Penalty):
         last = self._contact
         return {
             "calls": self.calls,
-            "offset": self._offset,
             "multipliers": [None if t is None else t.cpu() for t in (self._next, self._last, self._moved, self._rate)],
             "contact": None
             if last is None
@@ -372,7 +370,7 @@ class LipSDP(Penalty):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict`."""
-        self.calls, self._offset = state["calls"], state["offset"]
+        self.calls = state["calls"]
         self._next, self._last, self._moved, self._rate = state["multipliers"]
         last = state["contact"]
         self.rho = math.nan if last is None else last["rho"]
