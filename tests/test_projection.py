@@ -15,7 +15,7 @@ import lipguard as lg
 from lipguard import LipschitzProjection
 from lipguard.errors import InvalidExample, UnknownName, UnsupportedLayer, UnsupportedQuery
 from lipguard.network.capture import capture
-from lipguard.nn.projection import iterated_norm, layers_of
+from lipguard.penalties.projection import iterated_norm, layers_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

@@ -15,7 +15,7 @@ from lipguard.callbacks.checkpoint_saves import bypassed
 from lipguard.callbacks.example import first_sample, module_example
 from lipguard.certificate import norm_pair
 from lipguard.errors import InvalidExample, UnknownName, UnsupportedQuery
-from lipguard.nn.projection import Layer, layers_of
+from lipguard.penalties.projection import Layer, layers_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -38,9 +38,10 @@ class LipschitzRegularizer(Callback):
     clipping, once for every real optimizer step, whatever `accumulate_grad_batches` is; with several optimizers each
     gets the part of its own parameters. Give exactly one of `weight`, `target` and `goal_accuracy`.
 
-    With `target` the weight follows log bound - log target, where the bound is the verified LipSDP bound: at the end of every
-    epoch it is proved, and between the penalty's own value, corrected by the last proof, stands for it. A target is a limit:
-    a network whose bound stays below it by itself is left alone. Give training the time to come there: some hundred steps.
+    With `target` the weight follows log bound - log target, where the bound is the verified LipSDP bound: it is proved after
+    every epoch, and in between carried on by multipliers that follow the weights. For "local" and "lipsdp-local" it is
+    the penalty's own local bound, which is not proved here. A target is a limit: a network whose bound stays below it by
+    itself is left alone. Give training the time to come there: some hundred steps.
 
     Logged: `{prefix}/weight`, `{prefix}/penalty`, `{prefix}/failed` (steps without a penalty because it failed) and, with
     `target`, `{prefix}/bound`, verified at the last proof and in between as described.
@@ -260,7 +261,7 @@ class LipschitzRegularizer(Callback):
             self._check(trainer, pl_module, trial)
         self._penalty = self._make(pl_module, example)
         if self.target is not None:
-            self._gauge = Gauge(pl_module, example, self.submodule, proves=getattr(self._penalty, "domain", None) is None)
+            self._gauge = Gauge(self._penalty, pl_module, example, self.submodule)
             if self._saved is None:
                 check_target(self._penalty.network(), _named(self.submodule), self.target)
         if self._saved is not None:

@@ -9,6 +9,9 @@ from typing import Any
 
 from lipguard.errors import UnsupportedQuery
 
+_UNHURRIED, _TRACE = 0.1, 1e-4
+"""Share of the ascent's speed far below the target, and the smallest weight it leads to at the target."""
+
 
 class Controller(ABC):
     """The weight of a penalty, changed by what each step shows.
@@ -60,8 +63,9 @@ class Target(Controller):
     log weight = I + `gain` e with e = log bound - log target. I moves by `rate` e a step: the ascent. The proportional part is
     that of an augmented Lagrangian: it damps, and keeps the weight negligible while the bound is far below its target.
 
-    Against windup, I stands still while |e| is beyond `near` (training has not come there yet, or comes back from above),
-    and while the weight is held at one of its limits. The weight changes by no more than a factor e^`longest` a step.
+    Against windup, an e beyond `near` counts as `near` (below, as a fraction of it: training may not have come there yet), I
+    does not fall below 1e-4, and it stands still while the weight is held at one of its limits. The weight changes by no more
+    than a factor e^`longest` a step.
 
     Attributes:
         target: the bound, > 0; approached from below and above.
@@ -72,8 +76,8 @@ class Target(Controller):
 
     target: float
     weight: float = 0.05
-    gain: float = 20.0
-    rate: float = 0.5
+    gain: float = 10.0
+    rate: float = 0.2
     near: float = 0.2
     longest: float = 0.5
     least: float = 1e-8
@@ -101,11 +105,11 @@ class Target(Controller):
         damping = self.gain * min(error, self.near)
         wanted = self.integral + damping
         held = (wanted <= low and error < 0) or (wanted >= high and error > 0)
-        if abs(error) < self.near and not held:
-            self.integral = min(high, max(low, self.integral + self.rate * error))
-        elif error > 0 and not held:
-            # Far above: the ascent goes on as if the bound were near, so that a weight too small by decades still grows.
-            self.integral = min(high, self.integral + self.rate * self.near)
+        if not held:
+            # Far away the ascent goes on as if the bound were near: above at full speed, so that a weight too small by decades
+            # still grows; below at a fraction, as training may not have come to its target yet.
+            nearby = -_UNHURRIED * self.near if error < -self.near else min(error, self.near)
+            self.integral = min(high, max(math.log(_TRACE), self.integral + self.rate * nearby))
         now = math.log(self.weight)
         change = min(high, max(low, self.integral + damping)) - now
         longest = self.longest if self.started else math.inf

@@ -18,7 +18,7 @@ START, AGAIN = 60, 6
 _UNFELT = 1e-6
 """Least scale of a neuron's multiplier beside that of the most felt neuron of its layer."""
 
-_FAR, _LOST = 1.0, 4.0
+_FAR, _LOST = 0.25, 4.0
 """Decrease of log rho promised by single-coordinate steps from which these no longer follow, and from which the weights count
 as new: loaded, or jumped."""
 

@@ -13,6 +13,7 @@ from lipguard.errors import UnsupportedQuery
 from lipguard.network import Activation, Affine, Input, Network, Sum
 from lipguard.penalties.base import Penalty
 from lipguard.penalties.lipsdp import LipSDP
+from lipguard.penalties.local import Local
 
 _UNMOVED = 1e-4
 """Relative change of the bound by a relative change of one weight below which nothing trained moves it."""
@@ -22,29 +23,45 @@ _WIDEST = 4096
 
 
 class Gauge:
-    """The proven LipSDP bound of a module in training, and by it the meaning of a penalty's value.
+    """The LipSDP bound of a module in training: proved now and then, and known at every step in between.
 
-    The multipliers are carried from proof to proof and refined by a counted number of steps, so that every rank and every
-    repetition of a training finds the same.
+    In between it is the LipSDP penalty's value, corrected by what the last proof found it off by. A penalty of another kind has
+    that value computed beside its own: how far a product of norms is above the bound changes too fast to be corrected
+    by a proof an epoch.
+
+    The multipliers are carried on and refined by a counted number of steps, so that every rank and every repetition of a
+    training finds the same.
 
     Args:
+        penalty: the penalty that is led; its own value counts where it has a domain, which this bound has not.
         module, example, submodule: as for a penalty.
-        proves: False where the penalty stands for a constant that this bound is not, such as a local one.
 
     Attributes:
         proved: the last proven bound; nan before the first.
-        offset: log of the proven bound less the penalty's own log bound at the same weights.
+        offset: log of the proven bound less the log bound of the step it was proved at.
+        due: whether the next step proves anew.
     """
 
-    def __init__(self, module: nn.Module, example: Tensor, submodule: str | None = None, proves: bool = True) -> None:
-        self.proves = proves
+    def __init__(self, penalty: Penalty, module: nn.Module, example: Tensor, submodule: str | None = None) -> None:
+        # A local penalty's own value is what is led: it stands for another constant.
+        self.proves = getattr(penalty, "domain", None) is None and not isinstance(penalty, Local)
         self.proved, self.offset = math.nan, 0.0
-        self.due = proves
-        self._bound = LipSDP(module, example, submodule, every=1)
+        self.due = self.proves
+        self._own = penalty if isinstance(penalty, LipSDP) else None
+        self._beside = None if type(penalty) is LipSDP or not self.proves else LipSDP(module, example, submodule)
+        self._bound = LipSDP(module, example, submodule)
 
     def corrected(self, log_bound: float) -> float:
-        """The log bound that a penalty's log bound at the weights of this moment stands for; proves anew where it is due."""
-        if self.due:
+        """The log bound of the module at the weights of this moment; proved anew where it is due.
+
+        Args:
+            log_bound: the penalty's own.
+        """
+        if self._beside is not None:
+            with torch.no_grad():
+                log_bound = float(self._beside())
+        sensor = self._beside or self._own
+        if self.due and (sensor is None or sensor.fresh):
             self.due = False
             proved = self._bound.certificate().value
             if math.isfinite(log_bound) and 0 < proved < math.inf:
@@ -53,12 +70,15 @@ class Gauge:
 
     def state_dict(self) -> dict[str, Any]:
         """The multipliers and the last correction."""
-        return {"proved": self.proved, "offset": self.offset, "due": self.due, "multipliers": self._bound.state_dict()}
+        own = {"proved": self.proved, "offset": self.offset, "due": self.due, "multipliers": self._bound.state_dict()}
+        return own | {"beside": None if self._beside is None else self._beside.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict`."""
         self.proved, self.offset, self.due = state["proved"], state["offset"], state["due"]
         self._bound.load_state_dict(state["multipliers"])
+        if self._beside is not None and state["beside"] is not None:
+            self._beside.load_state_dict(state["beside"])
 
 
 def direct_norm(network: Network) -> float:

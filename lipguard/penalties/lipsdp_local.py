@@ -53,7 +53,7 @@ class LipSDPLocal(LipSDP):
         example: Tensor | None = None,
         submodule: str | None = None,
         every: int = 1,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(model, example, submodule, every, dtype)
         self.domain = domain

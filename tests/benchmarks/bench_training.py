@@ -71,7 +71,7 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=decay)
     own = None if penalty is None else penalty(model, x[:1])
     controller = None if target is None else Target(target)
-    gauge = None if target is None else Gauge(model, x[:1])
+    gauge = None if target is None else Gauge(own, model, x[:1])
     step = 0
     for _ in range(epochs):
         for i in torch.randperm(len(x)).split(64):
@@ -170,9 +170,8 @@ def test_target_against_weight_decay(benchmark, name, target):
     led, decay, decayed = benchmark.pedantic(measure, rounds=1)
     within = sum(abs(bound / target - 1) <= 0.05 for _, bound in led)
     print(f"\n{name} target {target:g}: {within} of 10 within 5 %: {', '.join(f'{bound:.3f}' for _, bound in led)}")
-    print(
-        f"accuracy {100 * statistics.mean(a for a, _ in led):.2f} % (first five {100 * statistics.mean(a for a, _ in led[:5]):.2f})"
-    )
+    all_ten, first = (100 * statistics.mean(a for a, _ in runs) for runs in (led, led[:5]))
+    print(f"accuracy {all_ten:.2f} % (first five {first:.2f})")
     print(
         f"weight decay {decay:.3g}: accuracy {100 * statistics.mean(a for a, _ in decayed):.2f} %, "
         f"bounds {', '.join(f'{bound:.2f}' for _, bound in decayed)}"
