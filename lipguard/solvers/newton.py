@@ -45,7 +45,7 @@ class Newton:
 
     tol: float = 4e-3
     warm_steps: int = 250
-    max_products: int = 400
+    max_products: int = 250
 
     def __call__(self, program: SlopeProgram, start: Tensor | None = None, deadline: float = math.inf) -> Proposal:
         """Solve the program.
