@@ -19,11 +19,14 @@ from lipguard.solvers.barrier import Barrier, barrier, hessian_product
 from lipguard.solvers.first_order import FirstOrder
 from lipguard.solvers.slope_program import Proposal, SlopeProgram
 
-_PATH = (0.5, 0.25, 0.06, 0.015, 4e-3, 1e-3, 2e-4, 5e-5)
+_PATH = (0.25, 0.06, 0.015, 4e-3, 1e-3, 2e-4, 5e-5)
 """Relative gaps N / q that the path visits."""
 
 _OFF = 1e-4
 """Relative distance by which the first-order method's best point is moved off the boundary of its cone."""
+
+_AT_ONCE = 40
+"""Products in one step at most: far from the path the direction need not be exact."""
 
 _CENTRED = 1.0
 """Newton decrement, squared, below which a point counts as on the path."""
@@ -36,14 +39,13 @@ class Newton:
     Attributes:
         tol: relative distance of rho to the optimum that is aimed at, estimated as r / q.
         warm_steps: steps of the first-order method before the path.
-        max_iterations: Newton steps at most.
-        max_products: products with the Hessian in one step.
+        max_products: products with the Hessian in all; each costs about two evaluations. A bound of the work that does not
+            depend on depth keeps the cost linear.
     """
 
-    tol: float = 2e-3
-    warm_steps: int = 150
-    max_iterations: int = 24
-    max_products: int = 60
+    tol: float = 4e-3
+    warm_steps: int = 250
+    max_products: int = 250
 
     def __call__(self, program: SlopeProgram, start: Tensor | None = None, deadline: float = math.inf) -> Proposal:
         """Solve the program.
@@ -60,7 +62,7 @@ class Newton:
 
     def _solve(self, program: SlopeProgram, start: Tensor | None, deadline: float) -> Proposal:
         first = FirstOrder(max_iterations=self.warm_steps)(program, start, deadline)
-        best, gap, used = (first.t, first.rho), math.nan, 0
+        best, gap, steps, left = (first.t, first.rho), math.nan, 0, self.max_products
         tau = program.group(first.t) * (1 + _OFF)
         if first.rho == 0:
             return first
@@ -69,10 +71,11 @@ class Newton:
             while at is not None:
                 if at.largest < best[1]:
                     best = program.spread(at.tau), at.largest
-                if used >= self.max_iterations or time.perf_counter() > deadline:
-                    return Proposal(best[0], best[1], gap, first.iterations + used)
-                used += 1
-                at, decrement = self._step(at)
+                if left <= 0 or time.perf_counter() > deadline:
+                    return Proposal(best[0], best[1], gap, first.iterations + steps)
+                steps += 1
+                at, decrement, products = _step(at, min(_AT_ONCE, left))
+                left -= products
                 if decrement <= _CENTRED:
                     gap = target
                     break
@@ -83,32 +86,35 @@ class Newton:
                 best = program.spread(at.tau), at.largest
             if program.channels * target <= self.tol * program.order:
                 break
-        return Proposal(best[0], best[1], gap, first.iterations + used)
+        return Proposal(best[0], best[1], gap, first.iterations + steps)
 
-    def _step(self, at: Barrier) -> tuple[Barrier | None, float]:
-        """A Newton step in log tau by preconditioned conjugate gradients; None where no step lowers the barrier."""
-        scale = at.curvature.clamp_min(torch.finfo(at.tau.dtype).tiny)
-        direction, residual = torch.zeros_like(at.tau), -at.gradient
+
+def _step(at: Barrier, limit: int) -> tuple[Barrier | None, float, int]:
+    """A Newton step in log tau by preconditioned conjugate gradients (None where none lowers phi), its decrement, products."""
+    scale = at.curvature.clamp_min(torch.finfo(at.tau.dtype).tiny)
+    direction, residual = torch.zeros_like(at.tau), -at.gradient
+    z = residual / scale
+    p, size = z, float(residual @ z)
+    enough = 0.01 * size
+    count = 0
+    while count < limit:
+        count += 1
+        product = hessian_product(at, p)
+        curvature = float(p @ product)
+        if not curvature > 0:
+            break
+        direction = direction + size / curvature * p
+        residual = residual - size / curvature * product
         z = residual / scale
-        p, size = z, float(residual @ z)
-        enough = 0.01 * size
-        for _ in range(self.max_products):
-            product = hessian_product(at, p)
-            curvature = float(p @ product)
-            if not curvature > 0:
-                break
-            direction = direction + size / curvature * p
-            residual = residual - size / curvature * product
-            z = residual / scale
-            after = float(residual @ z)
-            if after <= enough:
-                break
-            p, size = z + after / size * p, after
-        decrement = -float(at.gradient @ direction)
-        length = min(1.0, 2.0 / max(float(direction.abs().max()), 1e-30))
-        for _ in range(20):
-            found = barrier(at.program, at.tau * (length * direction).exp(), at.q)
-            if found is not None and found.value <= at.value - 1e-4 * length * decrement:
-                return found, decrement
-            length *= 0.6
-        return None, decrement
+        after = float(residual @ z)
+        if after <= enough:
+            break
+        p, size = z + after / size * p, after
+    decrement = -float(at.gradient @ direction)
+    length = min(1.0, 2.0 / max(float(direction.abs().max()), 1e-30))
+    for _ in range(20):
+        found = barrier(at.program, at.tau * (length * direction).exp(), at.q)
+        if found is not None and found.value <= at.value - 1e-4 * length * decrement:
+            return found, decrement, count
+        length *= 0.6
+    return None, decrement, count
