@@ -1,4 +1,7 @@
-"""`lipsdp-channel`: LipSDP of convolutional and residual networks on a torus, one multiplier a channel."""
+"""`lipsdp-channel`: LipSDP of convolutional and residual networks on a torus, one multiplier a channel.
+
+Multipliers are told by the nodes they belong to: maxima and sorts are made of neurons as the checker makes them.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from lipguard.network.torus import Layer, Torus
 from lipguard.network.torus_blocks import Blocks, blocks
 from lipguard.solvers.frequency import FrequencyProgram, Search
 from lipguard.verify import verify
+from lipguard.verify.rewriting import elementwise
 
 _THINNEST = 1e-6
 """Slope intervals thinner than this are widened to it, as the checker does."""
@@ -73,7 +77,7 @@ class Channel:
         if self.solver not in ("auto", "first-order"):
             raise UnsupportedQuery(f"lipsdp-channel has one solver, 'first-order', not {self.solver!r}.")
         product, _ = Spectral()(network, query)
-        torus = Torus(network)
+        torus = Torus(elementwise(network))
         check_memory(torus)
         deadline = began + (_SECONDS if self.time_limit is None else self.time_limit)
         note, warm = "", None

@@ -31,11 +31,12 @@ def has_channels(network: Network) -> bool:
     """Whether LipSDP with one multiplier a channel applies."""
     from lipguard.bounds.channel import check_memory
     from lipguard.network.torus import Torus
+    from lipguard.verify.rewriting import elementwise
 
     if not any(isinstance(node, Affine) and isinstance(node.operator, Conv) for node in network.nodes):
         return False
     try:
-        check_memory(Torus(network))
+        check_memory(Torus(elementwise(network)))
     except UnsupportedQuery:
         return False
     return True

@@ -17,7 +17,8 @@ from lipguard.bounds.spectral import Spectral
 from lipguard.certificate import Certificate, Multipliers, Query
 from lipguard.errors import NotCertified, SolverFailed, UnsupportedQuery
 from lipguard.network import Affine, Coupled, Network, Sum
-from lipguard.solvers.slope_program import Proposal, SlopeProgram, fill
+from lipguard.solvers.elimination import fill
+from lipguard.solvers.slope_program import Proposal, SlopeProgram
 from lipguard.verify import verify
 
 Solver = Callable[[SlopeProgram, Tensor | None, float], Proposal]
@@ -124,13 +125,16 @@ def check_query(network: Network, query: Query, name: str) -> None:
     if size.needed > MEMORY:
         other = next(m for m in ("lipsdp-channel", "spectral") if m in registry.METHODS and m != name)
         raise UnsupportedQuery(
-            f"{name}: one multiplier a neuron takes about {size.needed / 1e9:.0f} GB for {network.neurons} neurons, {size.widest} of them "
-            f"and of the inputs in one front; {MEMORY / 1e9:.0f} GB are allowed. Use method={other!r}, or bound a submodule."
+            f"{name}: one multiplier a neuron takes about {size.needed / 1e9:.0f} GB for {network.neurons} neurons, "
+            f"{size.widest} of them and of the inputs in one front; {MEMORY / 1e9:.0f} GB are allowed. Use method={other!r}, "
+            "or bound a submodule."
         )
 
 
 def chosen(program: SlopeProgram) -> str:
     """The solver that "auto" stands for."""
+    if program.free or program.scaling:
+        return "interior-point"  # the others eliminate layers that do not respond to themselves
     cost = sum((n + m) ** 3 for n, m in program.fronts)
     deep = program.order > _SMALL and program.order**3 > _DEEP * cost
     if deep:

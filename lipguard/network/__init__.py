@@ -1,4 +1,4 @@
-"""A network as mathematics: nodes in topological order, each affine, an activation, an implicit layer, a sum or a coupled function.
+"""A network as mathematics: nodes in topological order, affine maps, activations, sums, coupled and implicit ones.
 
 Values are vectors, one row per sample; everything is float64. A `Network` evaluates itself, states its feedback
 form for the semidefinite programs, and carries a digest of its structure and exact weight bits.

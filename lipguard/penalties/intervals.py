@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lipguard.certificate import Ball, Domain
+from lipguard.errors import UnsupportedQuery
 from lipguard.network import Activation, Affine, Conv, Dense, Diagonal, Index, Input, Network, Operator, Sum
 
 Interval = tuple[Tensor, Tensor]
@@ -58,7 +59,7 @@ def preactivations(network: Network, domain: Domain) -> list[Interval]:
         radius, centre = float(domain.radius), (lower + upper) / 2
     values: list[Interval] = []
     found: list[Interval] = []
-    for node in network.nodes:
+    for i, node in enumerate(network.nodes):
         match node:
             case Input():
                 values.append((lower, upper))
@@ -75,6 +76,10 @@ def preactivations(network: Network, domain: Domain) -> list[Interval]:
             case Sum():
                 parts = [values[s] for s in node.sources]
                 values.append((torch.stack([a for a, _ in parts]).sum(0), torch.stack([b for _, b in parts]).sum(0)))
+            case _:
+                raise UnsupportedQuery(
+                    f"{node.name or f'node {i}'}: no interval is known of a {type(node).__name__.lower()} layer."
+                )
     return found
 
 

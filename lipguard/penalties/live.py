@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from lipguard.errors import UnsupportedQuery
 from lipguard.network import Activation, Affine, Conv, Dense, Diagonal, Input, Network, Node, Operator, Sum
 from lipguard.network.capture import capture
 
@@ -67,7 +68,7 @@ def linear_parts(
     """
     values: list[Tensor] = []
     p: list[Tensor] = []
-    for node in network.nodes:
+    for i, node in enumerate(network.nodes):
         match node:
             case Input():
                 values.append(x)
@@ -79,6 +80,10 @@ def linear_parts(
                 values.append(alpha[k] * p[k] + width[k] * u[k])
             case Sum():
                 values.append(torch.stack([values[s] for s in node.sources]).sum(0))
+            case _:
+                raise UnsupportedQuery(
+                    f"{node.name or f'node {i}'}: no penalty by multipliers is known of a {type(node).__name__.lower()} layer."
+                )
     return p, values[-1]
 
 

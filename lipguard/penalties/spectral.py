@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lipguard.network import Activation, Affine, Input, Network, Operator, Sum
+from lipguard.errors import UnsupportedQuery
+from lipguard.network import Activation, Affine, Coupled, Input, Network, Operator, Sum
 from lipguard.penalties.base import Penalty
 from lipguard.penalties.norms import operator_norm
 
@@ -58,6 +60,12 @@ def log_product(network: Network, log_norm: Callable[[int, Operator], Tensor]) -
                 bounds.append(bounds[node.source] + log(steepest))
             case Sum():
                 bounds.append(torch.logsumexp(torch.stack([bounds[s] for s in node.sources]), 0))
+            case Coupled():
+                bounds.append(bounds[node.source] + math.log(node.function.norm(2)))
+            case _:
+                raise UnsupportedQuery(
+                    f"{node.name or f'node {i}'}: no differentiable norm is known of a {type(node).__name__.lower()} layer."
+                )
     return bounds[-1]
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lipguard.errors import SolverFailed, SolverUnavailable
-from lipguard.solvers.slope_program import Proposal, SlopeProgram, fill
+from lipguard.solvers.elimination import fill
+from lipguard.solvers.slope_program import Proposal, SlopeProgram
 from lipguard.solvers.threads import limited_threads
 
 
@@ -48,10 +49,11 @@ class Conic:
         columns = torch.eye(groups, dtype=torch.float64, device=program.constant.device)
         plain = program.groups is None and program.weights is None
         t = tau if plain else torch.stack([program.spread(column) for column in columns], 1).cpu().numpy() @ tau
-        if self.chordal and not program.free:
-            constraints = _fronts(program, t, rho[0])
-        else:
-            constraints = [_dense(program, t, rho) >> 0]
+        constraints = (
+            _fronts(program, t, rho[0])
+            if self.chordal and not (program.free or program.scaling)
+            else [_dense(program, t, rho) >> 0]
+        )
         problem = cp.Problem(cp.Minimize(cp.sum(rho)), constraints)
         options = dict(self.options)
         seconds = deadline - time.perf_counter()

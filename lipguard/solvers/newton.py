@@ -57,6 +57,8 @@ class Newton:
         Raises:
             SolverFailed: no interior point exists in floating point.
         """
+        if program.free or program.scaling:
+            raise SolverFailed("newton knows no implicit layers and no norms other than 2. Use interior-point.")
         with torch.no_grad():
             return self._solve(program, start, deadline)
 

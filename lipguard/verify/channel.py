@@ -26,6 +26,7 @@ from lipguard.certificate import ChannelMultipliers
 from lipguard.errors import NotCertified
 from lipguard.network import Network
 from lipguard.rounding import TINY, UNIT, gamma, prove_positive_definite, sqrt_up, sum_up, up
+from lipguard.verify.rewriting import elementwise
 from lipguard.verify.torus_form import TorusForm, Variable, finer
 
 _CHUNK = 2**19
@@ -59,6 +60,7 @@ def check_channels(network: Network, evidence: ChannelMultipliers, norm: tuple[f
         raise NotCertified(f"multipliers prove bounds from 2-norm to 2-norm, not {norm}.")
     if not (0 < evidence.rho < math.inf):
         raise NotCertified(f"rho = {evidence.rho:g} scales nothing.")
+    network = elementwise(network)
     activations = set(network.activations)
     if not activations <= set(evidence.t) <= set(range(len(network.nodes))) or not set(evidence.sides) <= set(
         range(len(network.nodes))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lipguard.certificate import Ball, Box, Domain
+from lipguard.errors import NotCertified
 from lipguard.network import Activation, Affine, Input, Network, Operator, Sum
 from lipguard.rounding import TINY, UNIT, gamma
 from lipguard.verify.relaxation import Lines, deviation, relax
@@ -167,6 +168,8 @@ class Propagation:
                     part = None
                     for source in here.sources:
                         add(source, c)
+                case _:
+                    raise NotCertified(f"the range of {here.name or f'node {i}'} on a domain is not known.")
             if part is not None:
                 total = total + part
                 slack = slack + 4 * UNIT * (total.abs() + part.abs())
@@ -226,6 +229,8 @@ def propagate(network: Network, regions: Regions) -> Propagation:
                 slack = gamma(len(parts) + 2) * torch.stack([result.magnitude(s) for s in parts]).sum(0)
                 low, high = low - slack, high + slack
                 middle = torch.stack([center[s] for s in parts]).sum(0)
+            case _:
+                raise NotCertified(f"the range of {node.name or f'node {i}'} on a domain is not known.")
         lower.append(low)
         upper.append(high)
         center.append(middle)

@@ -119,6 +119,8 @@ class TorusForm:
                             raise NotCertified(f"node {i}: images on different tori meet.")
                 case Input():
                     pass
+                case _:
+                    raise NotCertified(f"node {i}: a {type(node).__name__.lower()} layer on a torus is not known.")
         return convs
 
     def _zeros(self) -> frozenset[int]:
