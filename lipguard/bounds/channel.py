@@ -30,6 +30,9 @@ _THINNEST = 1e-6
 _SECONDS = 120.0
 """Time for the search where none is given: what is gained later is little beside what was gained before."""
 
+_PULLS = (1e-5, 1e-3, 1e-2, 0.1)
+"""Margins by which multipliers that prove nothing are pulled inside the cone."""
+
 _LARGEST = 6e9
 """Bytes that the search may hold."""
 
@@ -85,10 +88,8 @@ class Channel:
             problem = _Problem(torus, self.granularity == "layer")
             start = None if state is None else problem.to_program(state.t, state.rho)
             tau, rho, steps = Search(tol=max(self.tol, 2e-3))(problem.program, start, deadline)
-            evidence = ChannelMultipliers(problem.to_network(tau, rho), rho, torus.sides)
-            proposed = Certificate(math.sqrt(rho), "upper", query.norm, query.domain, network.digest, "lipsdp-channel", evidence)
-            found = replace(verify(network, proposed), details={"iterations": steps, "product": product.value})
-            warm = WarmChannels(evidence.t, evidence.rho)
+            found, warm = _proved(network, query, problem, tau, rho)
+            found = replace(found, details={"iterations": steps, "product": product.value})
             if found.value <= product.value:
                 return replace(found, seconds=time.perf_counter() - began), warm
             note = f"lipsdp-channel proves {found.value:.6g} only"
@@ -96,6 +97,24 @@ class Channel:
             note = f"{type(failure).__name__}: {failure}"
         note = f"{note}; the spectral product {product.value:.6g} stands"
         return replace(product, note=note, seconds=time.perf_counter() - began), warm
+
+
+def _proved(network: Network, query: Query, problem: _Problem, tau: Tensor, rho: float) -> tuple[Certificate, WarmChannels]:
+    """The certificate of these multipliers, pulled inside the cone by as little as the proof takes.
+
+    Raises:
+        NotCertified: nothing is proved with the last pull either.
+    """
+    for pull in (None, *_PULLS):
+        inside, least = (tau, rho) if pull is None else problem.program.interior(tau, margin=pull)
+        evidence = ChannelMultipliers(problem.to_network(inside, least), least, problem.torus.sides)
+        proposed = Certificate(math.sqrt(least), "upper", query.norm, query.domain, network.digest, "lipsdp-channel", evidence)
+        try:
+            return verify(network, proposed), WarmChannels(evidence.t, evidence.rho)
+        except NotCertified:
+            if pull == _PULLS[-1]:
+                raise
+    raise AssertionError("the last pull returns or raises.")
 
 
 def check_memory(torus: Torus) -> None:

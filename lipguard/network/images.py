@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -44,11 +45,13 @@ def shapes(network: Network) -> tuple[Shape | None, ...]:
                 case Affine(source=source, operator=Index() as index):
                     for known, other in ((source, i), (i, source)):
                         shape = found[known]
-                        if shape is not None and found[other] is None and sizes[other] % math.prod(shape[1:]) == 0:
-                            guess = (sizes[other] // math.prod(shape[1:]), *shape[1:])
+                        if shape is None or found[other] is not None:
+                            continue
+                        for guess in _guesses(shape, sizes[other]):
                             pair = (shape, guess) if known == source else (guess, shape)
                             if as_convolution(index, *pair) is not None:
                                 changed |= learn(other, guess)
+                                break
                 case Affine(source=source, operator=Diagonal()) | Activation(source=source):
                     changed |= learn(i, found[source]) | learn(source, found[i])
                 case Sum(sources=sources):
@@ -59,6 +62,14 @@ def shapes(network: Network) -> tuple[Shape | None, ...]:
                 case _:
                     pass
     return tuple(found)
+
+
+def _guesses(shape: Shape, size: int) -> Iterator[Shape]:
+    """Images of a size that moves of an image may lead to: the same window, or every second or third place along some axes."""
+    for steps in product((1, 2, 3), repeat=len(shape) - 1):
+        window = tuple(n // s for n, s in zip(shape[1:], steps, strict=True))
+        if all(window) and size % math.prod(window) == 0:
+            yield (size // math.prod(window), *window)
 
 
 def sides(conv: Conv) -> tuple[Shape, Shape]:

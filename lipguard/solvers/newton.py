@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lipguard.errors import SolverFailed
 from lipguard.solvers.barrier import Barrier, barrier, hessian_product
 from lipguard.solvers.first_order import FirstOrder
 from lipguard.solvers.slope_program import Proposal, SlopeProgram

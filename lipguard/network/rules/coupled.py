@@ -59,7 +59,9 @@ def householder(trace: Trace, x: Value, directions: Tensor, dim: int = 1) -> int
     pairs = x.tensor.shape[dim] // 2
     if directions.shape != (pairs, 2):
         raise InvalidExample(f"{trace.place} has directions of shape {tuple(directions.shape)}, the example gives {pairs} pairs.")
-    return trace.coupled(x, Reflection(index, directions.to(index.device).repeat(len(index) // pairs, 1)))
+    along = torch.arange(pairs, device=index.device).reshape([-1 if d == dim - 1 else 1 for d in range(x.tensor.ndim - 1)])
+    along = along.expand(_codes(x).chunk(2, dim - 1)[0].shape).flatten()
+    return trace.coupled(x, Reflection(index, directions.to(index.device)[along]))
 
 
 def _codes(x: Value) -> Tensor:
@@ -68,24 +70,24 @@ def _codes(x: Value) -> Tensor:
 
 
 def _adjacent(trace: Trace, x: Value, size: int, dim: int) -> Tensor:
-    """Groups of `size` neighbours along a dimension; their places, (groups, size)."""
+    """Groups of `size` neighbours along a dimension; their places, (groups, size), groups in the order of the entries."""
     width = x.tensor.shape[dim] if 0 < dim < x.tensor.ndim else 0
     if width == 0 or size < 1 or width % size:
         raise InvalidExample(
             f"{trace.place} sorts groups of {size}, the example gives {width} entries along dimension {dim}: "
             "the group size must divide them."
         )
-    return _codes(x).movedim(dim - 1, -1).reshape(-1, size)
+    return _codes(x).unflatten(dim - 1, (-1, size)).movedim(dim, -1).reshape(-1, size)
 
 
 def _halves(trace: Trace, x: Value, dim: int) -> Tensor:
-    """Pairs of entries of the two halves of a dimension; their places, (pairs, 2); the position along it counts fastest."""
+    """Pairs of entries of the two halves of a dimension; their places, (pairs, 2), in the order of the first half."""
     width = x.tensor.shape[dim] if 0 < dim < x.tensor.ndim else 0
     if width == 0 or width % 2:
         raise InvalidExample(
             f"{trace.place} takes pairs, the example gives {width} entries along dimension {dim}: give an even number."
         )
-    first, second = _codes(x).movedim(dim - 1, -1).reshape(-1, width).chunk(2, -1)
+    first, second = _codes(x).chunk(2, dim - 1)
     return torch.stack([first.flatten(), second.flatten()], 1)
 
 
