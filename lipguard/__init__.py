@@ -87,7 +87,12 @@ class _Package(ModuleType):
 sys.modules[__name__].__class__ = _Package
 
 
+_SUBMODULES = ("nn", "penalties")
+
+
 def __getattr__(name: str) -> object:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"lipguard.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'lipguard' has no attribute {name!r}; it has {', '.join(__all__)}.")
     value = getattr(importlib.import_module(f"lipguard.{_HOMES[name]}"), name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from lipguard.bounds.semidefinite import MEMORY, footprint
 from lipguard.bounds.weighted import quick
 from lipguard.errors import UnsupportedQuery
@@ -28,15 +30,21 @@ def default_method(network: Network, norm: tuple[float, float]) -> str:
 
 
 def has_channels(network: Network) -> bool:
-    """Whether LipSDP with one multiplier a channel applies."""
+    """Whether LipSDP with one multiplier a channel applies, in memory."""
+    return elimination(network) < math.inf
+
+
+def elimination(network: Network) -> float:
+    """Real multiplications of one elimination over the frequencies of a convolutional network's torus; inf where it has none."""
     from lipguard.bounds.channel import check_memory
     from lipguard.network.torus import Torus
     from lipguard.verify.rewriting import elementwise
 
     if not any(isinstance(node, Affine) and isinstance(node.operator, Conv) for node in network.nodes):
-        return False
+        return math.inf
     try:
-        check_memory(Torus(elementwise(network)))
+        torus = Torus(elementwise(network))
+        check_memory(torus)
     except UnsupportedQuery:
-        return False
-    return True
+        return math.inf
+    return sum(4.0 * len(torus.levels[layer.level].counts) * (2 * layer.size) ** 3 for layer in torus.layers)

@@ -20,12 +20,13 @@ from lipguard.bounds.local import BATCHED, solve
 from lipguard.bounds.pairs import functionals, pair_bounds
 from lipguard.certificate import Box
 from lipguard.errors import InvalidDomain, InvalidExample, UnknownName, UnsupportedQuery
-from lipguard.network import Network
+from lipguard.network import Implicit, Network
 from lipguard.network.capture import capture
 from lipguard.solvers.threads import one_thread
 from lipguard.verify.jacobians import jacobian_magnitude, magnitude_norms
 from lipguard.verify.localized import chunk_size, localized, proves
 from lipguard.verify.ranges import Propagation, Regions, propagate
+from lipguard.verify.rewriting import elementwise
 
 Method = Literal["local", "global", "spectral"]
 
@@ -115,7 +116,9 @@ def certify(
         raise InvalidDomain(f"eps={eps!r} must be a positive number, a radius in the units of the input.")
     if not 0 < tol < 1:
         raise UnsupportedQuery(f"tol={tol!r} must lie between 0 and 1.")
-    network = capture(model, batch, submodule=submodule)
+    network = elementwise(capture(model, batch, submodule=submodule))
+    if any(isinstance(node, Implicit) for node in network.nodes):
+        raise UnsupportedQuery("the values of an implicit layer are not enclosed here. Bound pairs of classes: bound(outputs=(i, j)).")
     samples, classes = _checked(network, batch, labels, box)
     deadline = math.inf if time_limit is None else began + time_limit
     task = _Task(network, method, float(eps), box, radii, max(float(eps), largest), tol, deadline)

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from lipguard import registry
 from lipguard.bounds import network_of
+from lipguard.bounds.channel import Channel, WarmChannels
+from lipguard.bounds.granularity import elimination
 from lipguard.bounds.lipsdp import lipsdp
 from lipguard.bounds.refine import refine
 from lipguard.bounds.sampling import Points, Sampling
@@ -72,7 +74,7 @@ class Tracker:
         model: the module; read in eval mode, left exactly as it is.
         example: a batch of inputs that the module accepts.
         method, norm, domain, solver, submodule: as for `lipguard.bound`; but for method None a network too large for the
-            semidefinite bound is measured by "spectral", and the note says so.
+            neurons' semidefinite bound is measured by "lipsdp-channel", "spectral" or "toeplitz", and the note says so.
         tol: relative gap of the squared bound at which a full solve ends.
 
     Example:
@@ -152,6 +154,12 @@ class Tracker:
             options: dict[str, Any] = {"solver": self.solver, "tol": self.tol, "time_limit": seconds} if semidefinite else {}
             certificate, self._warm = registry.method(self._name).build(**options)(network, self._query, self._warm)
             return certificate
+        if self._name == "lipsdp-channel":
+            limit = None if seconds is None else max(seconds, floor / 4)
+            warm = self._warm if isinstance(self._warm, WarmChannels) else None
+            certificate, warm = Channel(solver=self.solver, time_limit=limit)(network, self._query, warm)
+            self._warm = self._warm if warm is None else warm
+            return certificate
         check_query(network, self._query, self._name)
         tied = self._name == "lipsdp-layer"
         problem = lipsdp(network.feedback(), tied)
@@ -219,6 +227,9 @@ class Tracker:
         if isinstance(self._warm, Warm):
             state["multipliers"], state["rho"] = self._warm.t.cpu(), self._warm.rho
             state["balance"] = None if self._balance is None else self._balance.cpu()
+        elif isinstance(self._warm, WarmChannels):
+            state["channels"] = {node: t.cpu() for node, t in self._warm.t.items()}
+            state["rho"] = self._warm.rho
         if self._points is not None:
             state["inputs"], state["directions"] = self._points.inputs, self._points.directions
         return state
@@ -231,6 +242,9 @@ class Tracker:
             self._warm = Warm(torch.as_tensor(state["multipliers"]), float(state["rho"]))
             self._balance = state.get("balance")
             self._pace = float(state.get("pace", 0.0))
+        elif state.get("method") == self._name and "channels" in state:
+            t = {int(node): torch.as_tensor(values) for node, values in state["channels"].items()}
+            self._warm = WarmChannels(t, float(state["rho"]))
         self._drawn = int(state.get("drawn", 0))
         if "inputs" in state:
             self._points = Points(torch.as_tensor(state["inputs"]), torch.as_tensor(state["directions"]))
@@ -244,6 +258,8 @@ def affordable(network: Network) -> str:
     convolutions = [n.operator for n in network.nodes if isinstance(n, Affine) and isinstance(n.operator, Conv)]
     if network.neurons <= (_LARGEST_CONVOLUTIONAL if convolutions else _LARGEST_MEASURED):
         return "lipsdp-neuron"
+    if convolutions and elimination(network) <= _LARGEST_ELIMINATION:
+        return "lipsdp-channel"
     return "spectral" if sum(map(_norm_work, convolutions)) <= _NORM_WORK else "toeplitz"
 
 
@@ -269,6 +285,10 @@ _SAID = "{method} was chosen: a semidefinite bound of {neurons} neurons takes lo
 _LARGEST_CONVOLUTIONAL, _LARGEST_MEASURED = 1000, 4000
 """Neurons up to which the dense semidefinite program is refined within a second or so: of convolutions, whose matrices are
 large beside their weights, and of matrices."""
+
+_LARGEST_ELIMINATION = 4e9
+"""Multiplications of one elimination over all frequencies up to which channels are measured: some tenths of a second, and
+as much again for the proof."""
 
 _NORM_WORK = 2e11
 """Multiplications for norms of convolutions beyond which the Toeplitz bound is taken: about ten seconds."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lipguard.errors import UnsupportedQuery
-from lipguard.network import Activation, Affine, Conv, Input, Network, Sum
+from lipguard.network import Activation, Affine, Conv, Implicit, Input, Network, Sum
 from lipguard.network.images import as_convolution, shapes
 
 _REMEDY = "Use method='lipsdp-neuron' or 'spectral', or bound a submodule."
@@ -94,6 +94,8 @@ class Torus:
         Raises:
             UnsupportedQuery: a part of the network does not treat all places alike.
         """
+        if any(isinstance(node, Implicit) for node in network.nodes):
+            raise UnsupportedQuery(f"an implicit layer has no torus form. {_REMEDY}")
         self.network = network
         self.shapes = tuple(s if s is not None and math.prod(s[1:]) > 1 else None for s in shapes(network))
         if not any(self.shapes[i] for i in network.activations):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lipguard.certificate import ChannelMultipliers
 from lipguard.errors import NotCertified
-from lipguard.network import Network
+from lipguard.network import Implicit, Network
 from lipguard.rounding import TINY, UNIT, gamma, prove_positive_definite, sqrt_up, sum_up, up
 from lipguard.verify.rewriting import elementwise
 from lipguard.verify.torus_form import TorusForm, Variable, finer
@@ -60,6 +60,8 @@ def check_channels(network: Network, evidence: ChannelMultipliers, norm: tuple[f
         raise NotCertified(f"multipliers prove bounds from 2-norm to 2-norm, not {norm}.")
     if not (0 < evidence.rho < math.inf):
         raise NotCertified(f"rho = {evidence.rho:g} scales nothing.")
+    if any(isinstance(node, Implicit) for node in network.nodes):
+        raise NotCertified("an implicit layer on a torus is not known.")
     network = elementwise(network)
     activations = set(network.activations)
     if not activations <= set(evidence.t) <= set(range(len(network.nodes))) or not set(evidence.sides) <= set(
