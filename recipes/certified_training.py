@@ -30,8 +30,8 @@ def iris() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 # name: data, sizes, radius of the training, radii of the table, test samples, highest pixel for the attack
 PROBLEMS = {
-    "digits": (digits, (64, 64, 10), 0.4, (0.1, 0.2, 0.4, 0.6), 100, None),
-    "iris": (iris, (4, 16, 3), 0.3, (0.1, 0.2, 0.3, 0.5), 50, None),
+    "digits": (digits, (64, 64, 10), 0.8, (0.2, 0.4, 0.8, 1.2), 100, None),
+    "iris": (iris, (4, 16, 3), 0.6, (0.2, 0.4, 0.8, 1.2), 50, None),
 }
 METHODS = {
     "plain": (nn.ReLU, None),
