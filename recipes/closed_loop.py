@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import lipguard as lg
 
 BOX = lg.Box([-1.0, -3.0], [1.0, 3.0])  # angle in rad, angular velocity in rad/s
-LIMITS = (None, 20.0, 12.0)
+LIMITS = (None, 30.0, 15.0)
 STRONGEST, STEP, NOISE = 15.0, 0.02, 0.05
 
 

@@ -80,7 +80,7 @@ def fit(make: Callable[[], LightningModule], x: Tensor, y: Tensor, seed: int, ep
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """Share of samples classified right."""
     with torch.no_grad():
-        return float((model(x).argmax(1) == y).float().mean())
+        return float((model(x).argmax(1) == y).double().mean())
 
 
 def attacked(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int = 40, highest: float | None = None) -> Tensor:
@@ -105,7 +105,7 @@ def robust_accuracy(model: nn.Module, x: Tensor, y: Tensor, eps: float, highest:
         right = model(x).argmax(1) == y
     moved = attacked(model, x, y, eps, highest=highest)
     with torch.no_grad():
-        return float((right & (model(moved).argmax(1) == y)).float().mean())
+        return float((right & (model(moved).argmax(1) == y)).double().mean())
 
 
 def noisy_accuracy(model: nn.Module, x: Tensor, y: Tensor, sigma: float) -> float:

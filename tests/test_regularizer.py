@@ -518,9 +518,9 @@ def test_a_target_out_of_reach_is_told_in_the_run(tmp_path):
             self.kept = [p.detach().clone() for p in self.net.parameters()]
 
     seed_everything(0, verbose=False)
-    regularizer = LipschitzRegularizer(target=1e-3)
+    regularizer = LipschitzRegularizer(target=1e-3, controller={"rate": 1.0})
     with pytest.warns(UserWarning, match=r"target=0.001 seems out of reach"):
-        trained(tmp_path, Stubborn(), regularizer, max_epochs=40)
+        trained(tmp_path, Stubborn(), regularizer, max_epochs=30)
 
 
 def test_example_from_the_first_batch(tmp_path):

@@ -9,8 +9,12 @@ from typing import Any
 
 from lipguard.errors import UnsupportedQuery
 
-_UNHURRIED, _TRACE = 0.1, 1e-4
-"""Share of the ascent's speed far below the target, and the smallest weight it leads to at the target."""
+_STEEP, _UNHURRIED = 5.0, 0.1
+"""How much steeper the proportional part is farther than `near` below the target, and the share of its speed at which the ascent
+moves before the target is reached."""
+
+_ABOVE, _STRONGEST = 2.0, 4.0
+"""Above the target: how much steeper the proportional part is, and its largest value: more would tear a network apart."""
 
 
 class Controller(ABC):
@@ -60,12 +64,12 @@ class Target(Controller):
     """Dual ascent on log bound - log target.
 
     The weight is the multiplier of the constraint log bound <= log target; it is kept positive by working on its logarithm,
-    log weight = I + `gain` e with e = log bound - log target. I moves by `rate` e a step: the ascent. The proportional part is
-    that of an augmented Lagrangian: it damps, and keeps the weight negligible while the bound is far below its target.
+    log weight = I + P(e) with e = log bound - log target. I moves by `rate` e a step: the ascent. P is about `gain` e, as of an
+    augmented Lagrangian: it damps. Farther than `near` below the target it falls steeply, so that the weight vanishes.
 
-    Against windup, an e beyond `near` counts as `near` (below, as a fraction of it: training may not have come there yet), I
-    does not fall below 1e-4, and it stands still while the weight is held at one of its limits. The weight changes by no more
-    than a factor e^`longest` a step.
+    Against windup, I hardly moves before the bound has come to its target for the first time, and stands still while the weight
+    is held at one of its limits; an e beyond `near` counts as `near`. The weight changes by no more than a factor e^`longest`
+    a step.
 
     Attributes:
         target: the bound, > 0; approached from below and above.
@@ -84,6 +88,7 @@ class Target(Controller):
     most: float = 1e3
     integral: float = field(default=math.nan, init=False)
     started: bool = field(default=False, init=False)
+    reached: bool = field(default=False, init=False)
     saturated: int = field(default=0, init=False)
     lowest: float = field(default=math.inf, init=False)
 
@@ -101,15 +106,17 @@ class Target(Controller):
             return
         low, high = math.log(self.least), math.log(self.most)
         error = log_bound - math.log(self.target)
-        # Far above, the proportional part is that of a bound near by: e^(gain e) would tear a network apart.
-        damping = self.gain * min(error, self.near)
+        damping = self._damping(error)
         wanted = self.integral + damping
         held = (wanted <= low and error < 0) or (wanted >= high and error > 0)
+        self.reached = self.reached or error > 0
         if not held:
-            # Far away the ascent goes on as if the bound were near: above at full speed, so that a weight too small by decades
-            # still grows; below at a fraction, as training may not have come to its target yet.
-            nearby = -_UNHURRIED * self.near if error < -self.near else min(error, self.near)
-            self.integral = min(high, max(math.log(_TRACE), self.integral + self.rate * nearby))
+            # Far away the ascent goes on as if the bound were near.
+            move = max(-self.near, min(error, self.near))
+            if not self.reached:
+                # On the way up, only as much as it takes to let a bound through that the weight holds back.
+                move *= _UNHURRIED if error > -2 * self.near else 0.0
+            self.integral = min(high, max(low, self.integral + self.rate * move))
         now = math.log(self.weight)
         change = min(high, max(low, self.integral + damping)) - now
         longest = self.longest if self.started else math.inf
@@ -117,6 +124,11 @@ class Target(Controller):
         falls = log_bound < self.lowest - 1e-3
         self.lowest = min(self.lowest, log_bound) if error > 0 else math.inf
         self.saturated = self.saturated + 1 if self.weight >= 0.99 * self.most and error > 0.05 and not falls else 0
+
+    def _damping(self, error: float) -> float:
+        if error > 0:
+            return min(_ABOVE * self.gain * error, _STRONGEST)
+        return self.gain * (error + _STEEP * min(error + self.near, 0.0))
 
 
 @dataclass
