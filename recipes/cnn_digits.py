@@ -100,9 +100,7 @@ def plot(rows: list[dict[str, float]], title: str, path: Path) -> None:
     figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(7, 5.5), height_ratios=(3, 1), layout="constrained")
     above.fill_between(epochs, [r["lipschitz/lower"] for r in rows], [r["lipschitz/upper"] for r in rows], color="0.92")
     above.plot(epochs, [r["product/upper"] for r in rows], "s--", color="tab:orange", label="product of norms (verified)")
-    above.plot(
-        epochs, [r["lipschitz/upper"] for r in rows], "o-", color="tab:blue", label="LipSDP by channel (verified)"
-    )
+    above.plot(epochs, [r["lipschitz/upper"] for r in rows], "o-", color="tab:blue", label="LipSDP by channel (verified)")
     above.plot(epochs, [r["lipschitz/lower"] for r in rows], "^-", color="tab:green", label="witnessed from below (verified)")
     above.set(yscale="log", ylabel="Lipschitz constant, 2-norm", title=title)
     above.legend(frameon=False)

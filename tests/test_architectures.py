@@ -93,7 +93,6 @@ MAX_POOLED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.xfail(strict=True, raises=errors.UnsupportedLayer, reason="max pools have no rule yet")
 @pytest.mark.parametrize("name", MAX_POOLED)
 def test_max_pools(name: str) -> None:
     build, shape = MAX_POOLED[name]

@@ -94,5 +94,5 @@ def test_a_batch_of_256_at_cifar_size_needs_no_matrix() -> None:
     model.append(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
     network = lg.capture(model, torch.zeros(256, 3, 32, 32))
     assert lg.bound(network, method="spectral").rigor == "verified"
-    with pytest.raises(errors.UnsupportedQuery, match="neurons takes"):
-        lg.bound(network)
+    with pytest.raises(errors.UnsupportedQuery, match="one multiplier a neuron takes"):
+        lg.bound(network, method="lipsdp-neuron")

@@ -360,6 +360,11 @@ def test_bad_domains(domain, match):
         lg.bound(network("relu"), domain=domain)
 
 
-def test_multipliers_need_norm_two():
+def test_other_norms_take_the_better_of_slopes_and_global_program():
+    net, box = network("relu"), lg.Box(0.0, 1.0)
+    overall = lg.bound(net, norm=1, method="lipsdp-neuron").value
+    slopes = lg.bound(net, domain=box, norm=1, method="spectral").value
+    assert lg.bound(net, domain=box, norm=1, method="lipsdp-neuron").value == overall
+    assert lg.bound(net, domain=box, norm=1).value == min(overall, slopes)
     with pytest.raises(errors.UnsupportedQuery, match="spectral"):
-        lg.bound(network("relu"), domain=lg.Box(0.0, 1.0), norm=1, method="lipsdp-neuron")
+        lg.bound(net, domain=box, norm=(1, math.inf), method="lipsdp-neuron")

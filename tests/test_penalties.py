@@ -284,7 +284,7 @@ def test_lipsdp_shrinks_the_bound_and_not_only_the_product():
     model = chain(4, 12, 12, 3)
     penalty = LipSDP(model, torch.zeros(1, 4))
     start = lg.bound(model, torch.zeros(1, 4)).value
-    for _ in range(50):
+    for _ in range(20):  # beyond, the logarithm's gradient grows as the bound vanishes
         gradients = torch.autograd.grad(penalty(), list(model.parameters()), allow_unused=True)
         with torch.no_grad():
             for p, g in zip(model.parameters(), gradients, strict=True):

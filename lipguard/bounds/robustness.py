@@ -118,7 +118,9 @@ def certify(
         raise UnsupportedQuery(f"tol={tol!r} must lie between 0 and 1.")
     network = elementwise(capture(model, batch, submodule=submodule))
     if any(isinstance(node, Implicit) for node in network.nodes):
-        raise UnsupportedQuery("the values of an implicit layer are not enclosed here. Bound pairs of classes: bound(outputs=(i, j)).")
+        raise UnsupportedQuery(
+            "the values of an implicit layer are not enclosed here. Bound pairs of classes: bound(outputs=(i, j))."
+        )
     samples, classes = _checked(network, batch, labels, box)
     deadline = math.inf if time_limit is None else began + time_limit
     task = _Task(network, method, float(eps), box, radii, max(float(eps), largest), tol, deadline)

@@ -33,8 +33,12 @@ def shapes(network: Network) -> tuple[Shape | None, ...]:
         found[i] = shape
         return True
 
-    changed = True
-    while changed:
+    def settle() -> None:
+        changed = True
+        while changed:
+            changed = sweep()
+
+    def sweep() -> bool:
         changed = False
         for i, node in enumerate(network.nodes):
             match node:
@@ -45,13 +49,11 @@ def shapes(network: Network) -> tuple[Shape | None, ...]:
                 case Affine(source=source, operator=Index() as index):
                     for known, other in ((source, i), (i, source)):
                         shape = found[known]
-                        if shape is None or found[other] is not None:
-                            continue
-                        for guess in _guesses(shape, sizes[other]):
+                        if shape is not None and found[other] is None and sizes[other] % math.prod(shape[1:]) == 0:
+                            guess = (sizes[other] // math.prod(shape[1:]), *shape[1:])
                             pair = (shape, guess) if known == source else (guess, shape)
                             if as_convolution(index, *pair) is not None:
                                 changed |= learn(other, guess)
-                                break
                 case Affine(source=source, operator=Diagonal()) | Activation(source=source):
                     changed |= learn(i, found[source]) | learn(source, found[i])
                 case Sum(sources=sources):
@@ -61,11 +63,23 @@ def shapes(network: Network) -> tuple[Shape | None, ...]:
                         changed |= learn(s, found[i])
                 case _:
                     pass
+        return changed
+
+    settle()
+    # What is left: every second or third place of an image, as the windows of a pool are.
+    for i, node in enumerate(network.nodes):
+        if found[i] is None and isinstance(node, Affine) and isinstance(node.operator, Index):
+            shape = found[node.source]
+            for guess in () if shape is None else _thinned(shape, sizes[i]):
+                if as_convolution(node.operator, shape or (), guess) is not None:
+                    learn(i, guess)
+                    settle()
+                    break
     return tuple(found)
 
 
-def _guesses(shape: Shape, size: int) -> Iterator[Shape]:
-    """Images of a size that moves of an image may lead to: the same window, or every second or third place along some axes."""
+def _thinned(shape: Shape, size: int) -> Iterator[Shape]:
+    """Images of a size with every second or third place along some axes of an image."""
     for steps in product((1, 2, 3), repeat=len(shape) - 1):
         window = tuple(n // s for n, s in zip(shape[1:], steps, strict=True))
         if all(window) and size % math.prod(window) == 0:

@@ -63,7 +63,7 @@ class FirstOrder:
             return self._solve(program, start, deadline)
 
     def _solve(self, program: SlopeProgram, start: Tensor | None, deadline: float) -> Proposal:
-        t, rho = program.interior() if start is None else program.interior(start, margin=0.5)
+        t, rho = program.interior() if start is None else program.interior(start, margin=0.05)
         if rho == 0:
             return Proposal(t, rho, math.nan, 0, "the output does not feel the input.")
         best = t, rho

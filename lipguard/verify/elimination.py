@@ -15,6 +15,7 @@ goes on to the sources i, j of the layer. What remains is rho I - S over the inp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -121,7 +122,7 @@ def prove_rho(form: Form, b: Blocks, t: Tensor) -> float:
             front(pivot[None], none[None])
             continue
         u = front(pivot[None], _beside(crosses)[None])[0]
-        ends = torch.tensor([0, *(b.sizes[j] for j in sources)]).cumsum(0).tolist()
+        ends = [0, *accumulate(b.sizes[j] for j in sources)]
         for column, j in enumerate(sources):
             for row, i in enumerate(sources):
                 if j > i:
