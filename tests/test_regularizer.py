@@ -380,7 +380,7 @@ class Skip(nn.Module):
 @pytest.mark.parametrize(
     ("net", "options", "error", "message"),
     [
-        (lambda: nn.Sequential(nn.Linear(4, 4), Cosine(), nn.Linear(4, 3)), {"weight": 1.0}, UnsupportedLayer, "net.1"),
+        (lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3)), {"weight": 1.0}, UnsupportedLayer, "net.1"),
         (
             lambda: nn.Sequential(nn.Linear(4, 4), nn.Softmax(1)),
             {"penalty": "spectral", "weight": 1.0},

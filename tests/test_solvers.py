@@ -75,9 +75,9 @@ def clarabel(net, tied=False, tight=True):
 
 
 def meets(value, optimum):
-    # The verified value lies above the true optimum. Clarabel's, asked for 1e-11, stops within about 1e-9 of it on either
-    # side (its "reduced accuracy"); 1e-5 is what is promised of ours.
-    assert optimum * (1 - 1e-9) <= value <= optimum * (1 + 1e-5), (value, optimum, value / optimum - 1)
+    # The verified value lies above the true optimum. Clarabel's, asked for 1e-11, stops within some 1e-9 of it on either
+    # side (its "reduced accuracy": 2.9e-9 above it on the wide input); 1e-5 is what is promised of ours.
+    assert optimum * (1 - 5e-9) <= value <= optimum * (1 + 1e-5), (value, optimum, value / optimum - 1)
 
 
 @pytest.mark.parametrize("method", METHODS)
