@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -602,3 +604,8 @@ def test_refusals():
     ):
         with pytest.raises(UnsupportedQuery):
             make()
+
+
+def test_penalties_load_no_lightning():
+    code = "import sys, lipguard.penalties, lipguard.nn; assert not any('lightning' in name for name in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
