@@ -3,7 +3,9 @@
 Each comes twice: as a plain function of a captured network, `capture(model, example, live=True)`, and as a `Penalty`,
 a small object that carries what the next step starts from (multipliers, singular vectors, pairs):
 
-    penalty = lg.penalties.LipSDP(model, x[:1])
+    from lipguard.penalties import LipSDP
+
+    penalty = LipSDP(model, x[:1])
     loss = cross_entropy(model(x), y) + 0.01 * penalty()
 
 A penalty is not a bound: nothing in it is verified. What the trained network's constant is, `lipguard.bound` proves.

@@ -33,6 +33,9 @@ from lipguard.solvers.threads import one_thread
 _SINGLE = 256
 """Neurons beyond which single precision is the default."""
 
+_EVERY = (5, 8)
+"""Calls for one factorisation, up to that many neurons and beyond."""
+
 _LONGEST = 0.3
 """Change of log t_j at most by the step that a factorisation gives."""
 
@@ -220,7 +223,7 @@ class LipSDP(Penalty):
 
     Args:
         model, example, submodule: as for every `Penalty`.
-        every: calls for one factorisation, at least 1.
+        every: calls for one factorisation, at least 1; None takes 5, or 8 for networks of more than 256 neurons.
         dtype: of the factorisations; None takes float32, which is twice as fast, for networks of more than 256 neurons. Where
             float32 fails, float64 is used.
 
@@ -234,10 +237,10 @@ class LipSDP(Penalty):
         model: nn.Module | Network,
         example: Tensor | None = None,
         submodule: str | None = None,
-        every: int = 5,
+        every: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if every < 1:
+        if every is not None and every < 1:
             raise UnsupportedQuery(f"LipSDP: every={every!r} must be at least 1.")
         super().__init__(model, example, submodule)
         self.every, self.dtype = every, dtype
@@ -254,7 +257,8 @@ class LipSDP(Penalty):
         """Logarithm of the bound; `inputs` and `labels` are not read."""
         network = self.network(native=True)
         slopes = self._slopes(network)
-        self.fresh = self._contact is None or self.calls % self.every == 0
+        every = self.every or _EVERY[network.neurons > _SINGLE]
+        self.fresh = self._contact is None or self.calls % every == 0
         if self.fresh:
             self._contact = None  # should this fail, the next call tries again
             self._contact = self._factorise(network, slopes)
