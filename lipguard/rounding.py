@@ -54,6 +54,18 @@ def sum_up(x: Tensor, dim: int | None = None) -> Tensor:
     return total * (1 + 2 * gamma(count + 2)) + count * TINY
 
 
+def norm_up(x: Tensor, p: float) -> float:
+    """Upper bound of the p-norm (1, 2 or inf) of a vector of nonnegative entries."""
+    largest = float(x.max()) if x.numel() else 0.0
+    if p == math.inf or largest == 0 or not math.isfinite(largest):
+        return largest
+    if p == 1:
+        return up(float(sum_up(x)))
+    # Scaling by a power of two keeps the squares away from under- and overflow.
+    scale = 2.0 ** math.frexp(largest)[1]
+    return up(scale * up(math.sqrt(up(float(sum_up((x / scale) ** 2)), 2)), 2))
+
+
 def proves_positive_definite(matrix: Tensor, radius: Callable[[Tensor], Tensor] | None = None) -> bool:
     """Whether every symmetric matrix within the radius of `matrix` is provably positive semidefinite.
 

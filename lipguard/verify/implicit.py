@@ -25,7 +25,7 @@ from torch import Tensor
 from lipguard.certificate import Multipliers
 from lipguard.errors import InvalidModel, NotCertified
 from lipguard.network import Implicit, Input, Network
-from lipguard.rounding import TINY, UNIT, gamma, sqrt_up, sum_up, up
+from lipguard.rounding import TINY, UNIT, gamma, norm_up, sqrt_up, up
 from lipguard.verify.multipliers import check_multipliers
 
 Ball = tuple[Tensor, Tensor]
@@ -151,7 +151,7 @@ def enclose(node: Implicit, value: Ball, tangent: Ball) -> tuple[Ball, Ball]:
     def spread_out(r: Tensor) -> Tensor:
         """Entrywise bound of the error that a residual of magnitude r leaves."""
         reached = magnitude(r) * (1 + 4 * k) + len(r) * TINY
-        return r + up(g * _length(reached), 2)
+        return r + up(g * norm_up(reached, 2.0), 2)
 
     z = node(v)
     p = weight(z) + v
@@ -172,12 +172,3 @@ def enclose(node: Implicit, value: Ball, tangent: Ball) -> tuple[Ball, Ball]:
     own = (dz - middle * q).abs() + 2 * UNIT * (dz.abs() + (middle * q).abs()) + TINY
     r = (own + middle.abs() * q_error + spread * (q.abs() + q_error)) * (1 + 16 * UNIT)
     return (z, z_error), (dz, spread_out(r))
-
-
-def _length(x: Tensor) -> float:
-    """Upper bound of the 2-norm of x >= 0; scaled by a power of two, so that squares neither over- nor underflow."""
-    largest = float(x.max()) if x.numel() else 0.0
-    if largest == 0 or not math.isfinite(largest):
-        return largest
-    scale = 2.0 ** math.frexp(largest)[1]
-    return up(scale * up(math.sqrt(up(float(sum_up((x / scale) ** 2)), 2)), 2))

@@ -17,7 +17,7 @@ from lipguard.certificate import Magnitudes
 from lipguard.errors import NotCertified
 from lipguard.network import Activation, Affine, Coupled, Coupling, Implicit, Input, Network, Operator, Sum
 from lipguard.network.coupled import Maxima, Reflection, Sort
-from lipguard.rounding import TINY, UNIT, gamma, sum_up, up
+from lipguard.rounding import TINY, UNIT, gamma, norm_up, sum_up
 from lipguard.verify.implicit import prove_magnitude
 
 
@@ -30,9 +30,9 @@ def check_magnitudes(network: Network, evidence: Magnitudes, norm: tuple[float, 
     p, q = norm
     vectors = {i: y.detach().to(network.device, torch.float64).flatten() for i, y in evidence.vectors.items()}
     if p == math.inf:
-        return _norm_up(_forwards(network, vectors), q)
+        return norm_up(_forwards(network, vectors), q)
     if q == 1:
-        return _norm_up(_backwards(network, vectors), math.inf if p == 1 else 2.0)
+        return norm_up(_backwards(network, vectors), math.inf if p == 1 else 2.0)
     raise NotCertified(f"magnitudes prove bounds from the inf-norm or to the 1-norm, not {norm}.")
 
 
@@ -129,14 +129,3 @@ def _response(node: Implicit, i: int, b: Tensor, vectors: dict[int, Tensor], tra
         raise NotCertified(f"no vector is given for the implicit layer {node.name or f'node {i}'}.")
     prove_magnitude(node, b, vectors[i], transposed)
     return vectors[i]
-
-
-def _norm_up(r: Tensor, q: float) -> float:
-    if not r.numel():
-        return 0.0
-    if q == math.inf:
-        return float(r.max())
-    if q == 1:
-        return up(float(sum_up(r)))
-    scale = 2.0 ** math.frexp(float(r.max()))[1]
-    return up(scale * up(math.sqrt(up(float(sum_up((r / scale) ** 2)), 2)), 2))

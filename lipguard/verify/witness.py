@@ -16,7 +16,7 @@ from torch import Tensor
 from lipguard.certificate import Domain, Witness
 from lipguard.errors import NotCertified
 from lipguard.network import Activation, Affine, Conv, Coupled, Diagonal, Implicit, Index, Input, Network, Operator, Sum
-from lipguard.rounding import TINY, UNIT, down, gamma, sqrt_up, sum_up, up
+from lipguard.rounding import TINY, UNIT, down, gamma, norm_up, sqrt_up, up
 from lipguard.verify.convolution import kernel_bound
 from lipguard.verify.coupled_tangent import coupled_tangent
 from lipguard.verify.implicit import enclose
@@ -47,7 +47,7 @@ def check_witness(network: Network, evidence: Witness, norm: tuple[float, float]
         norms = {i: _norm_bound(n.operator) for i, n in enumerate(network.nodes) if isinstance(n, Affine)}
         center, radius, length = _tangent(network, point, direction, norms)
         found = max(found, _from_below(center, radius, q), down(_norm_down(center.abs(), 2.0) - length, 2))
-    return max(0.0, down(found / _norm_up(direction.abs(), p), 2))
+    return max(0.0, down(found / norm_up(direction.abs(), p), 2))
 
 
 _LARGEST_PROVED = 1024
@@ -124,7 +124,7 @@ def _length(length: float, norm: float, own: Tensor) -> float:
     """Upper bound of norm * length + ||own||_2: the error that comes in, and the rounding that is added; inf if not followed."""
     if not (math.isfinite(length) and math.isfinite(norm)):
         return math.inf
-    return up(up(norm * length) + (_norm_up(own, 2.0) if bool(own.any()) else 0.0), 2) if norm or length else _norm_up(own, 2.0)
+    return up(up(norm * length) + (norm_up(own, 2.0) if bool(own.any()) else 0.0), 2) if norm or length else norm_up(own, 2.0)
 
 
 def _shorter(center: Tensor, radius: Tensor, length: float) -> _Ball:
@@ -136,7 +136,7 @@ def _shorter(center: Tensor, radius: Tensor, length: float) -> _Ball:
 
 def _entrywise(center: Tensor, radius: Tensor, followed: bool) -> _Ball:
     """The ball of these entrywise radii: its error is no longer than they are."""
-    return center, radius, _norm_up(radius, 2.0) if followed and bool(radius.any()) else 0.0 if followed else math.inf
+    return center, radius, norm_up(radius, 2.0) if followed and bool(radius.any()) else 0.0 if followed else math.inf
 
 
 def _norm_bound(operator: Operator) -> float:
@@ -174,16 +174,6 @@ def _sum(balls: list[_Ball]) -> _Ball:
     for _, _, part in balls:
         length = up(length + part)
     return _shorter(center, radius * (1 + 4 * error) + own, _length(length, 1.0, own))
-
-
-def _norm_up(x: Tensor, p: float) -> float:
-    if p == math.inf:
-        return float(x.max())
-    if p == 1:
-        return up(float(sum_up(x)))
-    # Scaling by a power of two keeps the squares away from under- and overflow.
-    scale = 2.0 ** math.frexp(float(x.max()))[1]
-    return up(scale * up(math.sqrt(up(float(sum_up((x / scale) ** 2)), 2)), 2))
 
 
 def _norm_down(x: Tensor, q: float) -> float:
