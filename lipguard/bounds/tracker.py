@@ -19,14 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from lipguard import registry
-from lipguard.bounds import network_of
+from lipguard.bounds import LOCAL, network_of
 from lipguard.bounds.channel import Channel, WarmChannels
 from lipguard.bounds.granularity import elimination
 from lipguard.bounds.lipsdp import lipsdp
+from lipguard.bounds.local import Local
 from lipguard.bounds.refine import refine
 from lipguard.bounds.sampling import Points, Sampling
 from lipguard.bounds.semidefinite import Warm, certify, check_query, not_above_product, propose
 from lipguard.bounds.spectral import Spectral
+from lipguard.bounds.weighted import quick
 from lipguard.certificate import Certificate, Domain, Factors, Norm, Query, norm_pair
 from lipguard.errors import Contradiction, LipguardError, SolverFailed
 from lipguard.network import Affine, Conv, Network, Operator
@@ -95,7 +97,7 @@ class Tracker:
     def __post_init__(self) -> None:
         """Check names and the query at once, so that a mistake costs no training."""
         self._query = Query(norm_pair(self.norm), self.domain)
-        self._name = self.method or ("" if self._query.norm == (2.0, 2.0) else "spectral")  # "": by the network's size
+        self._name = self.method or ""  # "": by the network's size
         if self._name:
             registry.method(self._name)
         if self.solver != "auto":
@@ -129,11 +131,16 @@ class Tracker:
         if self.domain is not None:
             self.domain.bounds(network.inputs)
         if not self._name:
-            self._name = affordable(network)
+            self._name = affordable(network, self._query.norm)
         lower = self._lower(network, seconds)
         spent = time.perf_counter() - began
         left = None if seconds is None else max(seconds - spent - self._reserve, 0.0)
         upper = self._upper(network, left, max(floor - spent - self._reserve, 0.0))
+        if self.domain is not None and network.neurons <= _LARGEST_LOCAL:
+            # The multipliers carried on are those of all of R^d; on a domain the slopes are fewer.
+            name = self._name if self._name in LOCAL and self._query.norm == (2.0, 2.0) else "spectral"
+            (local,) = Local(name, tol=self.tol)(network, self._query, [self.domain])
+            upper = min(upper, local, key=lambda certificate: certificate.value)
         if lower.value > upper.value:
             raise Contradiction(
                 f"the verified lower bound {lower.value!r} exceeds the verified upper bound {upper.value!r}. Please report this."
@@ -250,11 +257,13 @@ class Tracker:
             self._points = Points(torch.as_tensor(state["inputs"]), torch.as_tensor(state["directions"]))
 
 
-def affordable(network: Network) -> str:
+def affordable(network: Network, norm: tuple[float, float] = (2.0, 2.0)) -> str:
     """The method that measures a network between two epochs, where none is asked for: the tightest of its cost.
 
     The same for all networks of one structure, so that a training is measured by one method.
     """
+    if norm != (2.0, 2.0):
+        return "lipsdp-neuron" if quick(network, norm) else "spectral"
     convolutions = [n.operator for n in network.nodes if isinstance(n, Affine) and isinstance(n.operator, Conv)]
     if network.neurons <= (_LARGEST_CONVOLUTIONAL if convolutions else _LARGEST_MEASURED):
         return "lipsdp-neuron"
@@ -281,6 +290,9 @@ def _norm_work(conv: Conv) -> float:
 
 
 _SAID = "{method} was chosen: a semidefinite bound of {neurons} neurons takes longer than measuring may"
+
+_LARGEST_LOCAL = 400
+"""Neurons up to which the local bound of a domain is found anew at every measurement: some tenths of a second."""
 
 _LARGEST_CONVOLUTIONAL, _LARGEST_MEASURED = 1000, 4000
 """Neurons up to which the dense semidefinite program is refined within a second or so: of convolutions, whose matrices are

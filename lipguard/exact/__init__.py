@@ -12,6 +12,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from lipguard.bounds import network_of
+from lipguard.bounds.spectral import Spectral
 from lipguard.certificate import Domain, Enclosure, Norm, Query, norm_pair
 from lipguard.errors import UnknownName
 from lipguard.exact.problem import problem
@@ -85,17 +86,31 @@ def exact(
     network = network_of(model, example, submodule, outputs)
     problem(network, query)  # bad input is refused here, before any method starts
     if method != "auto":
-        return _run(network, query, method, solver, region, time_limit, gap, threads, formulation)
+        enclosure = _run(network, query, method, solver, region, time_limit, gap, threads, formulation)
+        return _not_above_product(network, query, enclosure, gap)
     started = time.monotonic()
     method, choice = choose(network, query)
     enclosure = _run(network, query, method, solver, region, time_limit, gap, threads, formulation)
-    if method == "branch-and-bound" and enclosure.closed_region is not None and enclosure.gap > gap:
+    unsettled = enclosure.closed_region is not None or enclosure.status == "solver failed"
+    if method == "branch-and-bound" and unsettled and enclosure.gap > gap:
         left = None if time_limit is None else max(time_limit - (time.monotonic() - started), 1.0)
         method, why = without_interior(network, query)
         choice = f"{choice} {why}"
         other = _run(network, query, method, solver, "both", left, gap, threads, formulation)
         enclosure = _narrower(enclosure, other)
+    enclosure = _not_above_product(network, query, enclosure, gap)
     return dataclasses.replace(enclosure, choice=f"{choice} {enclosure.choice}".strip())
+
+
+def _not_above_product(network: Network, query: Query, enclosure: Enclosure, gap: float) -> Enclosure:
+    """The enclosure of an unfinished search, its upper end no more than the product of the layers' norms."""
+    if enclosure.gap <= gap:
+        return enclosure
+    product, _ = Spectral()(network, query)
+    if product.value >= enclosure.upper:
+        return enclosure
+    text = f"The product of the layers' norms, {product.value:.6g}, is less than what {enclosure.method} proves by then."
+    return dataclasses.replace(enclosure, upper_certificate=product, choice=f"{enclosure.choice} {text}".strip())
 
 
 def choose(network: Network, query: Query) -> tuple[str, str]:

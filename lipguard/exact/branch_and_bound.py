@@ -313,7 +313,7 @@ def _conclude(search: Search, status: Status, value: float, leaves: tuple[Leaf, 
         if known is None:
             raise
         task.notes.append(f"The checker refused the leaves ({error}); the bound is that of {known.method}.")
-        upper, status = known, "solver failed"
+        upper, status = known, "closed" if known.value - task.lower <= gap * known.value else "solver failed"
     upper = replace(upper, seconds=searched)
     details: dict[str, float | int | str] = {
         "nodes": search.nodes, "leaves": len(leaves), "refuted": search.refuted, "flat": search.flat, "search_seconds": searched

@@ -29,6 +29,10 @@ class Effort:
     tol: float = 1e-7
 
 
+_MANY = 64
+"""Free neurons from which a root's start is made layer by layer: one at a time rho grows beyond measure."""
+
+
 def node_bounds(
     form: PhaseForm, norm: tuple[float, float], ranges: Ranges, reduced: Reduced, t: Tensor, rho: Tensor, effort: Effort
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,7 +79,10 @@ def node_bounds(
         old = (rho[:, None] / old)[:, flip]
     else:
         batch = batched.Batch(q, y.mT @ y, present)
-    if bool(rho.isnan().any()):
+    if bool(rho.isnan().any()) and f > _MANY:
+        layer = torch.cat([torch.full((here.stop - here.start,), k) for k, here in enumerate(form.layers)])[index]
+        t0, rho0 = batched.layered(batch, (len(form.layers) - 1 - layer)[:, flip] if transposed else layer)
+    elif bool(rho.isnan().any()):
         t0, rho0 = batched.cold(batch)
     else:
         t0, rho0 = batched.start(batch, old, rho)
