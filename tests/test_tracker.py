@@ -236,6 +236,24 @@ def test_a_large_network_is_measured_by_what_it_can_afford() -> None:
     assert small.last is not None and small.last.upper.method == "lipsdp-neuron" and small.last.note == ""
 
 
+def test_pieces_are_measured_as_pieces() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    tracker = lg.Tracker(model, torch.zeros(1, 4), method="lipsdp-split")
+    upper, _ = tracker.update(0.5)
+    assert tracker.last is not None and type(tracker.last.upper.evidence).__name__ == "Product"
+    assert upper >= lg.bound(model, torch.zeros(1, 4)).value * (1 - 1e-9)
+
+
+def test_a_domain_narrows_what_is_measured() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    for norm in (2, math.inf):
+        everywhere, _ = lg.Tracker(model, torch.zeros(1, 4), norm=norm).update()
+        upper, lower = lg.Tracker(model, torch.zeros(1, 4), norm=norm, domain=lg.Ball(torch.zeros(4), 0.01)).update()
+        assert lower <= upper < everywhere
+
+
 def test_the_toeplitz_bound_stands_in_where_norms_take_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     from lipguard.bounds import tracker
 

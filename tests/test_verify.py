@@ -428,3 +428,13 @@ def test_a_witness_outside_the_domain_is_refused(network, domain):
 def test_witnesses_without_meaning(network, evidence, message):
     with pytest.raises(NotCertified, match=message):
         lg.verify(network, changed(lg.bound(network, method="sampling"), **evidence))
+
+
+def test_multipliers_of_a_network_without_neurons() -> None:
+    network = lg.capture(nn.Sequential(nn.Linear(3, 2)).double(), torch.zeros(1, 3, dtype=torch.float64))
+    norm = float(torch.linalg.matrix_norm(network.nodes[1].operator.dense(), 2))
+    none = Multipliers(torch.zeros(0, dtype=torch.float64), norm**2)
+    proposed = Certificate(norm, "upper", (2.0, 2.0), None, network.digest, "lipsdp-neuron", none)
+    assert norm <= lg.verify(network, proposed).value <= norm * (1 + 1e-9)
+    with pytest.raises(NotCertified):
+        lg.verify(network, dataclasses.replace(proposed, evidence=Multipliers(none.t, 0.9 * norm**2 / 1.1)))

@@ -33,9 +33,12 @@ def bound(
     domain: Domain | None = ...,
     solver: str = ...,
     submodule: str | None = ...,
-    outputs: Tensor | tuple[int, int] | None = ...,
+    outputs: Outputs | None = ...,
     tol: float = ...,
     time_limit: float | None = ...,
+    chordal: bool = ...,
+    pieces: int = ...,
+    jobs: int = ...,
 ) -> Certificate: ...
 @overload
 def bound(
@@ -47,9 +50,12 @@ def bound(
     domain: Sequence[Domain],
     solver: str = ...,
     submodule: str | None = ...,
-    outputs: Tensor | tuple[int, int] | None = ...,
+    outputs: Outputs | None = ...,
     tol: float = ...,
     time_limit: float | None = ...,
+    chordal: bool = ...,
+    pieces: int = ...,
+    jobs: int = ...,
 ) -> list[Certificate]: ...
 def bound(
     model: nn.Module | Network,
@@ -105,9 +111,9 @@ def bound(
     network = network_of(model, example, submodule, outputs)
     domains, several = _domains(domain, network.inputs)
     names = [method or default_method(network, query.norm)]
-    if method is None and domains:
+    if method is None and domains and query.norm != (2.0, 2.0):
         # The weighted programs of other norms know no domain, the slopes on the domain no program: the better one stands.
-        names.append("spectral" if query.norm != (2.0, 2.0) else names[0])
+        names.append("spectral")
     given = {"solver": solver, "tol": tol, "time_limit": time_limit, "chordal": chordal, "pieces": pieces, "jobs": jobs}
     found = []
     with one_thread():

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 
+from lipguard.bounds.channel import check_memory
 from lipguard.bounds.semidefinite import MEMORY, footprint
 from lipguard.bounds.weighted import quick
 from lipguard.errors import UnsupportedQuery
 from lipguard.network import Affine, Conv, Network
+from lipguard.network.torus import Torus
+from lipguard.verify.rewriting import elementwise
 
 _QUICK = 4e9
 """Sum of the cubes of a program's fronts up to which one multiplier a neuron is affordable: some minutes at most."""
@@ -21,25 +24,19 @@ def default_method(network: Network, norm: tuple[float, float]) -> str:
     """
     if norm != (2.0, 2.0):
         return "lipsdp-neuron" if quick(network, norm) else "spectral"
-    needed, cubes = footprint(network).needed, footprint(network).cubes
-    if needed <= MEMORY and cubes <= _QUICK:
+    size = footprint(network)
+    if size.needed <= MEMORY and size.cubes <= _QUICK:
         return "lipsdp-neuron"
-    if has_channels(network):
+    if elimination(network) < math.inf:
         return "lipsdp-channel"
-    return "lipsdp-neuron" if needed <= MEMORY else "spectral"
-
-
-def has_channels(network: Network) -> bool:
-    """Whether LipSDP with one multiplier a channel applies, in memory."""
-    return elimination(network) < math.inf
+    return "lipsdp-neuron" if size.needed <= MEMORY else "spectral"
 
 
 def elimination(network: Network) -> float:
-    """Real multiplications of one elimination over the frequencies of a convolutional network's torus; inf where it has none."""
-    from lipguard.bounds.channel import check_memory
-    from lipguard.network.torus import Torus
-    from lipguard.verify.rewriting import elementwise
+    """Real multiplications of one elimination over the frequencies of a convolutional network's torus.
 
+    Infinite where it has none, or one beyond the memory allowed.
+    """
     if not any(isinstance(node, Affine) and isinstance(node.operator, Conv) for node in network.nodes):
         return math.inf
     try:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lipguard import registry
 from lipguard.bounds import LOCAL, network_of
-from lipguard.bounds.channel import Channel, WarmChannels
+from lipguard.bounds.channel import WarmChannels
 from lipguard.bounds.granularity import elimination
 from lipguard.bounds.lipsdp import lipsdp
 from lipguard.bounds.local import Local
@@ -76,7 +76,8 @@ class Tracker:
         model: the module; read in eval mode, left exactly as it is.
         example: a batch of inputs that the module accepts.
         method, norm, domain, solver, submodule: as for `lipguard.bound`; but for method None a network too large for the
-            neurons' semidefinite bound is measured by "lipsdp-channel", "spectral" or "toeplitz", and the note says so.
+            neurons' semidefinite bound is measured by "lipsdp-channel", "spectral" or "toeplitz", and the note says so. With a
+            domain networks of up to 400 neurons get the local bound, larger ones the global one.
         tol: relative gap of the squared bound at which a full solve ends.
 
     Example:
@@ -156,15 +157,12 @@ class Tracker:
 
     def _upper(self, network: Network, seconds: float | None, floor: float) -> Certificate:
         began = time.perf_counter()
-        semidefinite = self._name.startswith("lipsdp")
-        if not semidefinite or self._query.norm != (2.0, 2.0):
-            options: dict[str, Any] = {"solver": self.solver, "tol": self.tol, "time_limit": seconds} if semidefinite else {}
-            certificate, self._warm = registry.method(self._name).build(**options)(network, self._query, self._warm)
-            return certificate
-        if self._name == "lipsdp-channel":
-            limit = None if seconds is None else max(seconds, floor / 4)
-            warm = self._warm if isinstance(self._warm, WarmChannels) else None
-            certificate, warm = Channel(solver=self.solver, time_limit=limit)(network, self._query, warm)
+        allowed = math.inf if seconds is None else max(seconds, floor / 4)
+        if self._name not in ("lipsdp-neuron", "lipsdp-layer") or self._query.norm != (2.0, 2.0):
+            limit = None if seconds is None else allowed
+            solves = self._name.startswith("lipsdp")
+            options: dict[str, Any] = {"solver": self.solver, "tol": self.tol, "time_limit": limit} if solves else {}
+            certificate, warm = registry.method(self._name).build(**options)(network, self._query, self._warm)
             self._warm = self._warm if warm is None else warm
             return certificate
         check_query(network, self._query, self._name)
@@ -180,7 +178,6 @@ class Tracker:
             grown = problem.balance / before
             start = problem.to_program(warm.t.to(grown) * grown, warm.rho)
         expected = self._pace * program.order**3
-        allowed = math.inf if seconds is None else max(seconds, floor / 4)
         in_full = program.order <= _LARGEST_FULL if self._pace == 0 else expected <= allowed
         notes: list[str] = []
         try:
@@ -289,7 +286,7 @@ def _norm_work(conv: Conv) -> float:
     )
 
 
-_SAID = "{method} was chosen: a semidefinite bound of {neurons} neurons takes longer than measuring may"
+_SAID = "{method} was chosen: one multiplier for each of {neurons} neurons takes longer than measuring may"
 
 _LARGEST_LOCAL = 400
 """Neurons up to which the local bound of a domain is found anew at every measurement: some tenths of a second."""

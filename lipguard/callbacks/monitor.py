@@ -17,6 +17,7 @@ from torch import Tensor
 from lipguard.bounds.tracker import Measurement, Tracker
 from lipguard.callbacks.base import Callback
 from lipguard.callbacks.example import first_sample, module_example
+from lipguard.callbacks.outward import outward
 from lipguard.certificate import Ball, Box
 from lipguard.errors import Contradiction, InvalidExample, LipguardError, UnsupportedQuery
 
@@ -48,9 +49,10 @@ class LipschitzMonitor(Callback):
 
     Args:
         method: method of the upper bound, as for `lipguard.bound`; None chooses the tightest affordable for the norm and the
-            network's size, and warns once where that is a product of layer norms.
+            network's size, and warns once where that is not one multiplier a neuron.
         norm: 1, 2 or inf, or a pair (input, output) of them.
-        domain: a `Box` or a `Ball` of inputs; None means all inputs.
+        domain: a `Box` or a `Ball` of inputs; None means all inputs. Networks of up to 400 neurons get the local bound, larger
+            ones the global one, which holds on every domain.
         every_n_epochs: measure at the end of every n-th epoch; None for never.
         every_n_train_steps: measure after every n-th optimizer step; None for never.
         submodule: dotted name of the submodule to bound; None for the whole module's `forward`.
@@ -235,7 +237,7 @@ class LipschitzMonitor(Callback):
         for listener in list(self.listeners.values()) if "upper" in values else ():
             listener(trainer, values["upper"])
         values |= {"seconds": seconds, "failed": float(self.failed)}
-        return {f"{self.prefix}/{name}": _outward(value, name) for name, value in values.items()}
+        return {f"{self.prefix}/{name}": outward(value, name) for name, value in values.items()}
 
     def _values(self, trainer: Trainer, pl_module: LightningModule, share: float) -> dict[str, float]:
         strategy = type(trainer.strategy).__name__
@@ -330,17 +332,6 @@ def _is_dry_run(trainer: Trainer) -> bool:
 def _told(error: Exception) -> str:
     name, text = type(error).__name__, str(error).rstrip()
     return f"{name}: {text}" if text.endswith(".") else f"{name}: {text}."
-
-
-def _outward(value: float, name: str) -> Tensor:
-    """`value` as a float64 tensor that float32 holds exactly, moved up, or down for a lower bound, where it had to move."""
-    exact = torch.tensor(value, dtype=torch.float64, device="cpu")
-    narrow = exact.to(torch.float32)
-    end = torch.tensor(-math.inf if name == "lower" else math.inf, device="cpu")
-    if (narrow.double() > exact) if name == "lower" else (narrow.double() < exact):
-        narrow = torch.nextafter(narrow, end)
-    # Beyond float32's largest number the float64 value stands: an upper bound may overflow to inf in a float32 sink.
-    return narrow.double() if narrow.isfinite() else exact
 
 
 @contextlib.contextmanager

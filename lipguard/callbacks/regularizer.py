@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lipguard.callbacks.base import Callback
 from lipguard.callbacks.checkpoint_saves import bypassed
 from lipguard.callbacks.example import described, first_sample, inputs_and_labels, module_example
+from lipguard.callbacks.outward import outward
 from lipguard.errors import InvalidExample, LipguardError, UnsupportedQuery
 from lipguard.penalties import NAMES, Penalty, build
 from lipguard.penalties.clip import evaluating
@@ -44,7 +45,8 @@ class LipschitzRegularizer(Callback):
     itself is left alone. Give training the time to come there: some hundred steps.
 
     Logged: `{prefix}/weight`, `{prefix}/penalty`, `{prefix}/failed` (steps without a penalty because it failed) and, with
-    `target`, `{prefix}/bound`, verified at the last proof and in between as described.
+    `target`, `{prefix}/proved`, the bound of the last proof, and `{prefix}/estimate`, what is carried on from it to the step:
+    no bound, but what the weight follows.
 
     Args:
         penalty: "lipsdp", "lipsdp-local", "spectral", "toeplitz", "local", "certified", "clip", or a function that
@@ -236,10 +238,12 @@ class LipschitzRegularizer(Callback):
                 parameter.grad.add_(gradient.to(parameter.grad.dtype), alpha=weight)
         self._values = {"weight": weight, "penalty": value, "failed": float(self.failed)}
         if self.target is not None:
-            self._values["bound"] = math.exp(min(log_bound, 700.0))
+            self._values["estimate"] = math.exp(min(log_bound, 700.0))
+            if self._gauge is not None and math.isfinite(self._gauge.proved):
+                self._values["proved"] = float(outward(self._gauge.proved, "upper"))
         self.steps += 1
         if isinstance(self.controller, Target) and self.controller.saturated >= _STUCK:
-            self._warn_stuck(self._values["bound"])
+            self._warn_stuck(self._values["estimate"])
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Logs what the last step used."""
@@ -362,13 +366,13 @@ class LipschitzRegularizer(Callback):
                 stacklevel=3,
             )
 
-    def _warn_stuck(self, bound: float) -> None:
+    def _warn_stuck(self, estimate: float) -> None:
         if "stuck" not in self._warned:
             self._warned.add("stuck")
             warnings.warn(
                 f"LipschitzRegularizer: target={self.target:g} seems out of reach: for {_STUCK} steps the weight has stood at "
-                f"its largest, {self.controller.weight:g}, and the bound does not fall below {bound:.6g}. Ask for a larger "
-                "target, or look for layers that are frozen or normalised.",
+                f"its largest, {self.controller.weight:g}, and the estimate of the bound does not fall below {estimate:.6g}. "
+                "Ask for a larger target, or look for layers that are frozen or normalised.",
                 stacklevel=3,
             )
 

@@ -80,12 +80,11 @@ def _ways(form: Form, t: Tensor, rho: float) -> list[Callable[[], float]]:
     """Proofs of a rho for these multipliers, the cheapest first: by one dense matrix, or by fronts from either end."""
     order = form.neurons + (form.inputs if bool(form.alpha.any()) else 0)
     ways: list[tuple[float, Callable[[], float]]] = []
-    backwards = blocks(form)
-    # An implicit layer is proved in one matrix with all others.
-    chain = not any(k in row for k, row in enumerate(backwards.rows))
-    if order <= _LARGEST_DENSE or not chain:
+    if order <= _LARGEST_DENSE:
         ways.append((order**3 / 3, lambda: _dense_rho(form, t, rho)))
-    if form.neurons and chain:
+    # An implicit layer is proved in one matrix with all others: the fronts know no layer that responds to itself.
+    if form.neurons and not any(block.rows == block.columns for block in form.q_blocks):
+        backwards = blocks(form)
         forwards = backwards.transposed()
         # The multipliers of J' are rho / (t (beta - alpha)^2) where both inequalities hold; any positive ones may be tried.
         mirrored = (rho / (t * (form.beta - form.alpha) ** 2)).nan_to_num(0.0, 0.0)

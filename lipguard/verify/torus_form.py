@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lipguard.errors import NotCertified
 from lipguard.network import Activation, Affine, Conv, Input, Network, Sum
+from lipguard.network.graph import sources
 from lipguard.network.images import Shape, as_convolution, shapes
 from lipguard.rounding import UNIT, gamma
 from lipguard.verify.transforms import Blocks, Known, Torus, add, exact, finer, grid, spectrum, transform
@@ -114,7 +115,7 @@ class TorusForm:
                         raise NotCertified(f"node {i}: the sides of its two tori do not differ by the stride.")
                     convs[i] = conv
                 case Activation() | Sum():
-                    for s in _sources(node):
+                    for s in sources(node):
                         if s not in self.images or self.sides[s] != side or self.shapes[s] != shape:
                             raise NotCertified(f"node {i}: images on different tori meet.")
                 case Input():
@@ -283,7 +284,7 @@ class TorusForm:
                 size = node.operator.abs().transpose()(known.size) * (1 + 2 * gamma(count))
                 center = node.operator.transpose()(known.center)
                 known = Known(center, size, known.error * (1 + 8 * UNIT) + 2 * gamma(count))
-            for s in _sources(node):
+            for s in sources(node):
                 waiting[s] = add(waiting[s], known) if s in waiting else known
         return result
 
@@ -321,9 +322,3 @@ class TorusForm:
         shape = self.shapes[i]
         assert shape is not None
         return shape
-
-
-def _sources(node: object) -> tuple[int, ...]:
-    if isinstance(node, Affine | Activation):
-        return (node.source,)
-    return node.sources if isinstance(node, Sum) else ()
