@@ -13,7 +13,8 @@ from lipguard.network.torus import Torus
 from lipguard.verify.rewriting import elementwise
 
 _QUICK = 4e9
-"""Sum of the cubes of a program's fronts up to which one multiplier a neuron is affordable: some minutes at most."""
+"""Sum of the cubes of a program's fronts up to which one multiplier a neuron is affordable beside channels: 1536 convolutional
+neurons, 4.2e9, take 21 s."""
 
 
 def default_method(network: Network, norm: tuple[float, float]) -> str:
