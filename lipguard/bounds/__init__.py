@@ -81,9 +81,9 @@ def bound(
     Args:
         model: a module, read in eval mode and left as it is, or a captured `Network`.
         example: a batch of inputs, (batch, ...), any values; not needed for a `Network`.
-        method: None chooses by norm, memory and cost among the first three of "lipsdp-neuron", "lipsdp-channel"
-            (convolutional networks of any size), "spectral", "lipsdp-layer", "lipsdp-split", "toeplitz", "contraction" (absolute values: from norm inf or to norm 1, implicit layers too), or "sampling", the only lower
-            bound; or a name registered by another package.
+        method: None chooses by norm, memory and cost among "lipsdp-neuron", "lipsdp-channel" (convolutional networks of any
+            size) and "spectral". Others: "lipsdp-layer", "lipsdp-split", "toeplitz", "contraction" (absolute values: from norm
+            inf or to norm 1, implicit layers too), "sampling", the only lower bound, and names registered by other packages.
         norm: 1, 2, inf, or a pair (input norm, output norm).
         domain: `Box`, `Ball` or None for all inputs; or a sequence of them; or one whose centre (whose ends) is a batch,
             of shape (B, ...) with B > 1.
