@@ -827,3 +827,17 @@ def test_given_slopes_do_not_untie_a_group():
     assert fb.alpha.tolist() == [-1.0] * 4 + [0.9] * 4
     assert fb.beta.tolist() == [1.0] * 8
     assert fb.groups.tolist() == [0] * 4 + [1, 2, 3, 4]
+
+
+def test_what_underflows_is_counted() -> None:
+    from lipguard.network import Diagonal
+    from lipguard.verify.composed import Composed, compose
+    from lipguard.verify.coupled_tangent import _ends
+
+    zero, tiny = torch.zeros(1, dtype=torch.float64), torch.full((1,), torch.finfo(torch.float64).tiny, dtype=torch.float64)
+    low, high = _ends((zero, tiny))
+    assert float(low) <= -2 * float(tiny) and float(high) >= 2 * float(tiny)
+    assert not any(bool(end) for end in _ends((zero, zero)))
+    half = Diagonal(torch.tensor(0.5, dtype=torch.float64), 1)
+    image = compose(half, Composed(tiny[None], zero[None], zero[None]))  # subnormal: a flush to zero would lose all of it
+    assert float(image.radius) >= float(tiny)

@@ -53,7 +53,8 @@ def compose(operator: Operator, matrix: Composed) -> Composed:
         high, low, radius = apply(operator, matrix.high), apply(operator, matrix.low), apply(operator.abs(), matrix.radius)
         # Exact but for what leaves the normal range.
         below = (matrix.high != 0) & ((high.abs() < TINY) | ((matrix.low != 0) & (low.abs() < TINY)))
-        return Composed(high, low, radius + TINY * below + TINY * (radius > 0))
+        # A Python number times a mask would be rounded to float32, where TINY is 0.
+        return Composed(high, low, radius + TINY * (below.to(radius) + (radius > 0).to(radius)))
     k = operator.shape[1]
     bits = (53 - max(k - 1, 1).bit_length()) // 2
     magnitude, error = operator.abs(), gamma(k + 8)

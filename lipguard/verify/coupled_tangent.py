@@ -92,7 +92,9 @@ def _inner(v: Tensor, z: Tensor, e: Tensor) -> _Ball:
 def _ends(ball: _Ball) -> tuple[Tensor, Tensor]:
     center, radius = ball
     # center -+ radius rounds; one more unit covers it.
-    radius = radius * (1 + 4 * UNIT) + center.abs() * (2 * UNIT) * (radius > 0) + TINY * (radius > 0)
+    # A Python number times a mask would be rounded to float32, where TINY is 0.
+    moved = (radius > 0).to(radius)
+    radius = radius * (1 + 4 * UNIT) + (center.abs() * (2 * UNIT) + TINY) * moved
     return center - radius, center + radius
 
 
