@@ -8,7 +8,8 @@ import time
 import torch
 from torch import Tensor
 
-from lipguard.solvers.first_order import Smoothed, lbfgs, smoothed
+from lipguard.solvers.first_order import Smoothed, smoothed
+from lipguard.solvers.lbfgs import lbfgs
 from lipguard.solvers.slope_program import Proposal, SlopeProgram
 
 _SMOOTHING = 16.0

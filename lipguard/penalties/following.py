@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lipguard.errors import SolverFailed
-from lipguard.solvers.first_order import Smoothed, derivatives, lbfgs, smoothed
+from lipguard.solvers.first_order import Smoothed, derivatives, smoothed
+from lipguard.solvers.lbfgs import lbfgs
 from lipguard.solvers.slope_program import SlopeProgram
 
 SMOOTHING = 16.0

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from lipguard.errors import SolverFailed
 from lipguard.solvers.elimination import Elimination
+from lipguard.solvers.lbfgs import inverse, lbfgs
 from lipguard.solvers.relative import Relative, relative, to_relative
 from lipguard.solvers.slope_program import Proposal, SlopeProgram
 
@@ -121,7 +120,7 @@ class Smoothed(NamedTuple):
 
     def step(self) -> Tensor:
         """The step of x to the minimum along single coordinates, by gradient and curvature."""
-        return -self.gradient * _inverse(self.curvature)
+        return -self.gradient * inverse(self.curvature)
 
 
 def smoothed(program: SlopeProgram, x: Tensor, p: float) -> Smoothed | None:
@@ -162,80 +161,3 @@ def derivatives(program: SlopeProgram, tau: Tensor, eliminated: Elimination, p: 
     return (
         Smoothed(value, gradient, curvature, float(top), xw * weights.sqrt(), values) if bool(gradient.isfinite().all()) else None
     )
-
-
-def lbfgs(
-    function: Callable[[Tensor], Smoothed | Relative | None],
-    x: Tensor,
-    memory: int,
-    ends: Callable[[list[float]], bool],
-    preconditioned: bool = False,
-    change: float = math.inf,
-) -> tuple[Tensor, int]:
-    """Minimise by L-BFGS with an Armijo line search that treats None as an infinite value (Nocedal, Wright, 7.2).
-
-    Args:
-        function: x -> value, gradient and curvature, or None outside the domain.
-        x: start, (n,).
-        memory: pairs kept.
-        ends: asked before every step with all values so far.
-        preconditioned: start the inverse Hessian from the curvature along single coordinates, so that neurons of little
-            energy move as much as others. Near the optimum two or three steps then do what ten do without; far from it
-            (24 layers of 20 from the closed form) many plain steps get further.
-        change: largest change of a coordinate in one step.
-    Returns:
-        The last point and the number of steps.
-    """
-    current = function(x)
-    if current is None:
-        return x, 0
-    values = [current.value]
-    scale = _inverse(current.curvature) if preconditioned else torch.ones_like(x)
-    pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=memory)
-    while not ends(values):
-        gradient = current.gradient
-        direction = _two_loops(gradient, pairs, scale)
-        slope = float(gradient @ direction)
-        if slope >= 0:
-            pairs.clear()
-            direction = -scale * gradient
-            slope = float(gradient @ direction)
-        # Multipliers live on a logarithmic scale: a first step changes none by more than a tenth, a preconditioned one by half.
-        largest = max(float(direction.abs().max()), 1e-30)
-        first, most = (0.5, 0.5) if preconditioned else (1.0, math.inf if pairs else 0.1)
-        length = min(1.0 if pairs else first, min(most, change) / largest)
-        for _ in range(30):
-            candidate = function(x + length * direction)
-            if candidate is not None and candidate.value <= current.value + 1e-4 * length * slope:
-                break
-            length /= 2
-        else:
-            break
-        s, y = length * direction, candidate.gradient - gradient
-        curvature = float(s @ y)
-        if curvature > 1e-12 * float(torch.linalg.vector_norm(y)) * float(torch.linalg.vector_norm(s)):
-            pairs.append((s, y, 1 / curvature))
-        x, current = x + s, candidate
-        values.append(current.value)
-    return x, len(values) - 1
-
-
-def _inverse(curvature: Tensor) -> Tensor:
-    """Diagonal of the inverse Hessian to start from; a tenth of the mean keeps dead neurons still."""
-    return 1 / (curvature + 0.1 * curvature.mean()).clamp_min(torch.finfo(curvature.dtype).tiny)
-
-
-def _two_loops(gradient: Tensor, pairs: deque[tuple[Tensor, Tensor, float]], scale: Tensor) -> Tensor:
-    """-H gradient for the inverse Hessian H that L-BFGS builds from its pairs and a multiple of diag(scale)."""
-    q, weights = gradient.clone(), []
-    for s, y, inverse in reversed(pairs):
-        weight = inverse * float(s @ q)
-        weights.append(weight)
-        q -= weight * y
-    q *= scale
-    if pairs:
-        _, y, inverse = pairs[-1]
-        q /= inverse * float(y @ (scale * y))
-    for (s, y, inverse), weight in zip(pairs, reversed(weights), strict=True):
-        q += (weight - inverse * float(y @ q)) * s
-    return -q

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lipguard.errors import SolverFailed
-from lipguard.solvers.first_order import lbfgs
+from lipguard.solvers.lbfgs import lbfgs
 from lipguard.solvers.relative import Relative
 
 Blocks = Mapping[int, Tensor]
