@@ -21,6 +21,7 @@ _log = logging.getLogger(__name__)
 
 _LICENCES = {
     "interior-point": "lipguard's own",
+    "low-rank": "lipguard's own",
     "first-order": "lipguard's own",
     "scs": "MIT",
     "clarabel": "Apache-2.0",

@@ -68,7 +68,7 @@ SOLVERS: dict[str, Entry] = {
     entry.name: entry
     for entry in (
         Entry("interior-point", "lipguard.solvers.interior_point:InteriorPoint", solves=("sdp",)),
-        Entry("newton", "lipguard.solvers.newton:Newton", solves=("sdp",)),
+        Entry("low-rank", "lipguard.solvers.low_rank:LowRank", solves=("sdp",)),
         Entry("first-order", "lipguard.solvers.first_order:FirstOrder", solves=("sdp",)),
         _conic("scs", "pip install cvxpy scs"),
         _conic("clarabel", "pip install cvxpy clarabel"),

@@ -87,7 +87,7 @@ def bound(
         norm: 1, 2, inf, or a pair (input norm, output norm).
         domain: `Box`, `Ball` or None for all inputs; or a sequence of them; or one whose centre (whose ends) is a batch,
             of shape (B, ...) with B > 1.
-        solver: of the LipSDP methods: "auto", "interior-point", "newton", "first-order", "scs", "clarabel", "cvxopt", "mosek".
+        solver: of the LipSDP methods: "auto", "interior-point", "low-rank", "first-order", "scs", "clarabel", "cvxopt", "mosek".
         submodule: dotted name of a part to bound instead of the whole.
         outputs: a matrix (k, m) or a pair of classes (i, j) to bound a functional of the outputs; or which of several
             tensors that the module returns, by its place or name.

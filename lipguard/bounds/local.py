@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lipguard.bounds.lipsdp import LipSDP, lipsdp
-from lipguard.bounds.semidefinite import LARGEST_DENSE, Semidefinite, check_query, propose
+from lipguard.bounds.semidefinite import Semidefinite, check_query, solved
 from lipguard.bounds.spectral import Spectral
 from lipguard.certificate import Certificate, Domain, LocalMultipliers, Query, Slopes
 from lipguard.errors import SolverFailed
@@ -120,12 +120,11 @@ class Local:
         program = problem.program
         if not program.sizes or not program.channels:
             return (maps.y.new_zeros(0), float(torch.linalg.matrix_norm(maps.y[0], 2)) ** 2), ""
-        name = self.solver if self.solver != "auto" else ("interior-point" if program.order <= LARGEST_DENSE else "first-order")
         limit = None if deadline == math.inf else max(0.0, deadline - time.perf_counter())
         try:
-            proposal = propose(name, program, None, self.tol, limit)
+            name, proposal = solved(self.solver, program, None, self.tol, limit)
         except SolverFailed as failure:
-            return (maps.y.new_ones(maps.index.shape[1]), 0.0), f"{name}: {failure}"
+            return (maps.y.new_ones(maps.index.shape[1]), 0.0), f"{self.solver}: {failure}"
         t = proposal.t.to(maps.y).clamp_min(torch.finfo(torch.float64).tiny)
         s = program.eliminate(lambda k, _: t[program.slices[k]]).schur
         rho = proposal.rho if proposal.inside or s is None else float(torch.linalg.eigvalsh(s)[-1])

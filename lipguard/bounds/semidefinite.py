@@ -23,12 +23,15 @@ from lipguard.verify import verify
 
 Solver = Callable[[SlopeProgram, Tensor | None, float], Proposal]
 
-LARGEST_DENSE = 1500
-"""Order of the matrix inequality up to which the interior point method is chosen: about half a minute."""
+_SMALL, _LARGEST_DENSE = 300, 1500
+"""Orders of the matrix inequality up to which the interior point method is chosen at once, in a tenth of a second, and after
+`low-rank` left a gap, in half a minute."""
 
-_SMALL, _DEEP = 500, 8.0
-"""A program of an order above the first whose dense cost is this many times that of its elimination is solved by
-`newton`: from about eight layers on. At 20 layers of 64 it takes a tenth of the time and ends 0.1 % above."""
+_CLOSED = 1e-5
+"""Gap of rho up to which `low-rank` has the optimum."""
+
+_DEEP = 8.0
+"""A program whose dense cost is this many times that of its elimination, from about eight layers on, is left to `low-rank`."""
 
 MEMORY = 8e9
 """Bytes that the blocks of a program and of its proof may take."""
@@ -57,7 +60,7 @@ class Semidefinite:
 
     Attributes:
         tied: one multiplier a layer instead of one a neuron.
-        solver: a registered name, or "auto": interior-point, newton for deep and first-order for wide networks.
+        solver: a registered name, or "auto": interior-point for small networks, low-rank for others.
         tol: relative gap of the squared bound that the solver is asked for.
         time_limit: seconds for the solver; the best multipliers found by then are proved.
         chordal: give a conic solver one small matrix a layer instead of one of all neurons.
@@ -95,15 +98,14 @@ class Semidefinite:
         program = problem.program
         if not program.sizes or not any(-1 in row for row in (*program.rows, program.out)):
             return Spectral()(network, query)
-        name = self.solver if self.solver != "auto" else chosen(program)
         start = None if state is None or state.t.numel() != program.neurons else problem.to_program(state.t, state.rho)
         notes: list[str] = []
         try:
-            proposal = propose(name, program, start, self.tol, self.time_limit, self.chordal)
+            name, proposal = solved(self.solver, program, start, self.tol, self.time_limit, self.chordal)
             if proposal.message not in ("", "optimal"):
                 notes.append(f"{name}: {proposal.message}")
         except SolverFailed as failure:
-            notes.append(f"{name}: {failure}")
+            notes.append(f"{self.solver}: {failure}")
             proposal = None
         certificate = certify(network, query, problem, proposal, self.name, notes)
         if proposal is not None:
@@ -131,15 +133,30 @@ def check_query(network: Network, query: Query, name: str) -> None:
         )
 
 
-def chosen(program: SlopeProgram) -> str:
-    """The solver that "auto" stands for."""
-    if program.free or program.scaling:
-        return "interior-point"  # the others eliminate layers that do not respond to themselves
-    cost = sum((n + m) ** 3 for n, m in program.fronts)
-    deep = program.order > _SMALL and program.order**3 > _DEEP * cost
-    if deep:
-        return "newton"
-    return "first-order" if program.order > LARGEST_DENSE else "interior-point"
+def solved(
+    name: str, program: SlopeProgram, start: Tensor | None, tol: float, time_limit: float | None, chordal: bool = False
+) -> tuple[str, Proposal]:
+    """What a solver proposes, and its name where it was chosen by "auto".
+
+    Raises:
+        SolverFailed, UnsupportedQuery: as `propose`.
+    """
+    # The other methods eliminate layers that do not respond to themselves, and minimise one rho.
+    if name == "auto" and (program.order <= _SMALL or program.free or program.scaling or chordal):
+        name = "interior-point"
+    if name != "auto":
+        return name, propose(name, program, start, tol, time_limit, chordal)
+    began = time.perf_counter()
+    proposal = propose("low-rank", program, start, tol, time_limit)
+    deep = program.order**3 > _DEEP * sum((n + m) ** 3 for n, m in program.fronts)
+    left = None if time_limit is None else time_limit - (time.perf_counter() - began)
+    if not proposal.gap > max(tol, _CLOSED) or deep or program.order > _LARGEST_DENSE or (left is not None and left <= 0):
+        return "low-rank", proposal
+    try:
+        exact = propose("interior-point", program, None, tol, left)
+    except SolverFailed:
+        return "low-rank", proposal
+    return ("interior-point", exact) if exact.rho <= proposal.rho else ("low-rank", proposal)
 
 
 class Footprint(NamedTuple):
@@ -198,7 +215,9 @@ def propose(
     conic = entry.path.endswith(":Conic")
     if chordal and not conic:
         raise UnsupportedQuery(f"solver {name!r} has no chordal form; scs, clarabel, cvxopt and mosek have.")
-    options = {"chordal": True} if chordal else {"tol": tol} if name == "interior-point" else {}
+    # Below 1e-6 the low-rank method's last steps cost more than they give.
+    own = {"interior-point": {"tol": tol}, "low-rank": {"tol": max(tol, 1e-6)}}
+    options = {"chordal": True} if chordal else own.get(name, {})
     solver: Solver = entry.build(**options)
     deadline = math.inf if time_limit is None else time.perf_counter() + time_limit
     return solver(program, start, deadline)

@@ -181,7 +181,7 @@ class Tracker:
         in_full = program.order <= _LARGEST_FULL if self._pace == 0 else expected <= allowed
         notes: list[str] = []
         try:
-            if self.solver not in ("auto", "interior-point", "first-order"):
+            if self.solver not in ("auto", "interior-point"):
                 proposal = propose(self.solver, program, start, self.tol, seconds)
             elif self.solver == "interior-point" or (
                 self.solver == "auto" and (seconds is None or in_full) and program.order <= 1500
@@ -189,7 +189,7 @@ class Tracker:
                 proposal = propose("interior-point", program, None, self.tol, None)
                 self._pace = (time.perf_counter() - began) / program.order**3
             elif seconds is None:
-                proposal = propose("first-order", program, start, self.tol, None)
+                proposal = propose("low-rank", program, start, self.tol, None)
             else:
                 proposal = refine(program, start, began + seconds, began + max(seconds, floor))
         except SolverFailed as failure:
