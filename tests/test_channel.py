@@ -25,7 +25,8 @@ from lipguard.certificate import ChannelMultipliers, Query
 from lipguard.network import Activation, Network
 from lipguard.network.torus import Torus
 from lipguard.network.torus_blocks import blocks
-from lipguard.solvers.frequency import Search
+from lipguard.solvers.frequency_spheres import FrequencySpheres
+from lipguard.solvers.low_rank import LowRank
 from lipguard.verify.channel import front
 
 _CONVOLUTIONS = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}
@@ -337,9 +338,10 @@ def test_a_single_convolution_has_its_norm_on_the_torus() -> None:
     for parameter in module.parameters():
         parameter.data.fill_(1)
     problem = _Problem(Torus(captured(module, (1, 1, 7))), False)
-    _, rho, _ = Search(tol=1e-9)(problem.program)
+    found = LowRank().climb(FrequencySpheres(problem.program), *problem.program.interior())
     # One multiplier t: t (2 - ...) eliminated gives K*K t^2 / (2 t - 1), at its least where t = 1: |K|^2 = 4.
-    assert rho == pytest.approx(4, rel=1e-5)
+    assert found.rho == pytest.approx(4, rel=1e-5)
+    assert found.dual == pytest.approx(4, rel=1e-5)
 
 
 def test_the_optimum_is_that_of_the_unrolled_torus() -> None:
@@ -381,10 +383,11 @@ def test_the_optimum_is_that_of_the_unrolled_torus() -> None:
     problem = cp.Problem(cp.Minimize(rho), [(matrix + matrix.T) / 2 >> 0, s >= 0, t >= 0])
     problem.solve(solver="CLARABEL", tol_gap_abs=1e-9, tol_gap_rel=1e-9, tol_feas=1e-9)
     own = _Problem(torus, False)
-    x = own.program.interior()[0]
-    found = Search(tol=1e-9, max_iterations=2000, stages={8.0: 0.3, 64.0: 0.5, 512.0: 0.7, 16384.0: 1.0})(own.program)[1]
-    assert len(x) == 4
-    assert found == pytest.approx(float(problem.value), rel=1e-5)
+    t, rho = own.program.interior()
+    found = LowRank().climb(FrequencySpheres(own.program), t, rho)
+    assert len(t) == 4
+    assert found.rho == pytest.approx(float(problem.value), rel=1e-5)
+    assert found.dual == pytest.approx(float(problem.value), rel=1e-5)
     value = lg.bound(network, method="lipsdp-channel").value
     assert value**2 >= float(problem.value) * (1 - 1e-7)
 
@@ -523,7 +526,7 @@ def test_other_norms_solvers_and_sizes_are_refused(monkeypatch: pytest.MonkeyPat
     network = small(0)
     with pytest.raises(errors.UnsupportedQuery, match="spectral"):
         lg.bound(network, method="lipsdp-channel", norm=math.inf)
-    with pytest.raises(errors.UnsupportedQuery, match="first-order"):
+    with pytest.raises(errors.UnsupportedQuery, match="low-rank"):
         lg.bound(network, method="lipsdp-channel", solver="scs")
     monkeypatch.setattr("lipguard.bounds.channel._LARGEST", 1e3)
     with pytest.raises(errors.UnsupportedQuery, match="submodules"):

@@ -20,7 +20,9 @@ from lipguard.errors import NotCertified, SolverFailed, UnsupportedQuery
 from lipguard.network import Network
 from lipguard.network.torus import Layer, Torus
 from lipguard.network.torus_blocks import Blocks, blocks
-from lipguard.solvers.frequency import FrequencyProgram, Search
+from lipguard.solvers.frequency import FrequencyProgram
+from lipguard.solvers.frequency_spheres import FrequencySpheres
+from lipguard.solvers.low_rank import Climb, LowRank, Start
 from lipguard.verify import verify
 from lipguard.verify.rewriting import elementwise
 
@@ -33,16 +35,23 @@ _SECONDS = 120.0
 _PULLS = (1e-5, 1e-3, 1e-2, 0.1)
 """Margins by which multipliers that prove nothing are pulled inside the cone."""
 
+_RANK = 4
+"""Entries of a vector at first: few multipliers are shared by many frequencies, each of which has its own vectors."""
+
+_TOL = 1e-4
+"""The least gap asked for: single precision does not find much less."""
+
 _LARGEST = 6e9
 """Bytes that the search may hold."""
 
 
 @dataclass(frozen=True, eq=False)
 class WarmChannels:
-    """What a later call can start from: the multipliers by node, and the rho they proved."""
+    """What a later call can start from: the multipliers by node, the rho they proved, and the end of the ascent."""
 
     t: dict[int, Tensor]
     rho: float
+    end: Start | None = None
 
 
 @dataclass(frozen=True)
@@ -51,8 +60,8 @@ class Channel:
 
     Attributes:
         granularity: one multiplier a channel (vectors: a neuron), or one a layer.
-        solver: "auto" or "first-order", the one there is.
-        tol: a stage of the search ends when five steps lower log rho by less than this, at least 2e-3.
+        solver: "auto" or "low-rank", the one there is.
+        tol: relative gap of the squared bound that is asked for, at least 1e-4.
         time_limit: seconds for the search, two minutes if None; the best multipliers found by then are proved.
 
     Source: Fazlyab et al. 2019, arXiv:1906.04893, on the torus of `lipguard.network.torus`.
@@ -60,7 +69,7 @@ class Channel:
 
     granularity: Literal["channel", "layer"] = "channel"
     solver: str = "auto"
-    tol: float = 2e-3
+    tol: float = 1e-4
     time_limit: float | None = None
 
     def __call__(
@@ -77,8 +86,8 @@ class Channel:
             raise UnsupportedQuery(
                 f"lipsdp-channel bounds the constant from 2-norm to 2-norm, not {query.norm}. Use method='spectral'."
             )
-        if self.solver not in ("auto", "first-order"):
-            raise UnsupportedQuery(f"lipsdp-channel has one solver, 'first-order', not {self.solver!r}.")
+        if self.solver not in ("auto", "low-rank"):
+            raise UnsupportedQuery(f"lipsdp-channel has one solver, 'low-rank', not {self.solver!r}.")
         product, _ = Spectral()(network, query)
         torus = Torus(elementwise(network))
         check_memory(torus)
@@ -87,9 +96,10 @@ class Channel:
         try:
             problem = _Problem(torus, self.granularity == "layer")
             start = None if state is None else problem.to_program(state.t, state.rho)
-            tau, rho, steps = Search(tol=max(self.tol, 2e-3))(problem.program, start, deadline)
-            found, warm = _proved(network, query, problem, tau, rho)
-            found = replace(found, details={"iterations": steps, "product": product.value})
+            climb = search(problem.program, start, self.tol, deadline, None if state is None or start is None else state.end)
+            found, warm = _proved(network, query, problem, climb.t, climb.rho)
+            warm = replace(warm, end=climb.end)
+            found = replace(found, details={"gap": climb.gap, "iterations": climb.steps, "product": product.value})
             if found.value <= product.value:
                 return replace(found, seconds=time.perf_counter() - began), warm
             note = f"lipsdp-channel proves {found.value:.6g} only"
@@ -97,6 +107,28 @@ class Channel:
             note = f"{type(failure).__name__}: {failure}"
         note = f"{note}; the spectral product {product.value:.6g} stands"
         return replace(product, note=note, seconds=time.perf_counter() - began), warm
+
+
+def search(
+    program: FrequencyProgram,
+    start: Tensor | None = None,
+    tol: float = _TOL,
+    deadline: float = math.inf,
+    end: Start | None = None,
+) -> Climb:
+    """The ascent of a program's dual, in single precision.
+
+    Args:
+        program: the program.
+        start, end: multipliers of a neighbouring program, and the end of its ascent, or None.
+        tol: relative gap of rho, at least 1e-4.
+        deadline: `time.perf_counter()` value after which no further step is begun.
+    Raises:
+        SolverFailed: no interior point exists in floating point.
+    """
+    with torch.no_grad():
+        t, rho = program.interior() if start is None else program.interior(start, margin=0.5)
+        return LowRank(tol=max(tol, _TOL), rank=_RANK).climb(FrequencySpheres(program, single=True), t, rho, deadline, end)
 
 
 def _proved(network: Network, query: Query, problem: _Problem, tau: Tensor, rho: float) -> tuple[Certificate, WarmChannels]:
@@ -160,7 +192,7 @@ class _Problem:
                     program[place[k]][place[source]] = block
                 else:
                     there = -1 if k == count else place[k]
-                    program[place[source] if source >= 0 else count][there] = block.mH
+                    program[place[source] if source >= 0 else count][there] = block.mH.resolve_conj()
         groups, self.spans, end = [], [], 0
         for k in self.order:
             layer = self.layers[k]

@@ -31,7 +31,7 @@ _CLOSED = 1e-5
 """Gap of rho up to which `low-rank` has the optimum."""
 
 _DEEP = 8.0
-"""A program whose dense cost is this many times that of its elimination, from about eight layers on, is left to `low-rank`."""
+"""A program whose dense cost is this many times that of its elimination is left to `low-rank`."""
 
 MEMORY = 8e9
 """Bytes that the blocks of a program and of its proof may take."""
@@ -148,15 +148,24 @@ def solved(
         return name, propose(name, program, start, tol, time_limit, chordal)
     began = time.perf_counter()
     proposal = propose("low-rank", program, start, tol, time_limit)
-    deep = program.order**3 > _DEEP * sum((n + m) ** 3 for n, m in program.fronts)
     left = None if time_limit is None else time_limit - (time.perf_counter() - began)
-    if not proposal.gap > max(tol, _CLOSED) or deep or program.order > _LARGEST_DENSE or (left is not None and left <= 0):
+    if (
+        not proposal.gap > max(tol, _CLOSED)
+        or deep(program)
+        or program.order > _LARGEST_DENSE
+        or (left is not None and left <= 0)
+    ):
         return "low-rank", proposal
     try:
         exact = propose("interior-point", program, None, tol, left)
     except SolverFailed:
         return "low-rank", proposal
     return ("interior-point", exact) if exact.rho <= proposal.rho else ("low-rank", proposal)
+
+
+def deep(program: SlopeProgram) -> bool:
+    """Whether eliminating layer by layer costs far less than the whole matrix: from about eight layers on."""
+    return program.order**3 > _DEEP * sum((n + m) ** 3 for n, m in program.fronts)
 
 
 class Footprint(NamedTuple):

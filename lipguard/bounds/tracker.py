@@ -1,9 +1,9 @@
 """`Tracker`: bounds of a network that keeps changing, measurement after measurement, each verified.
 
-A measurement captures the weights, improves the multipliers from the last measurement's, proves the upper bound they
-give and a witnessed lower bound. How far the multipliers are improved depends on the seconds it may take: small
-networks are solved in full; large ones take as many first-order steps as the time allows, in single precision, since
-the checker settles the value in any case.
+A measurement captures the weights, improves the last measurement's multipliers, or climbs on from its dual point, proves the
+upper bound found and a witnessed lower bound. How far it goes depends on the seconds it may take: small networks are solved
+in full; large ones take as many steps as the time allows, in single precision, since the checker settles the value in any
+case.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from lipguard.bounds.channel import WarmChannels
 from lipguard.bounds.granularity import elimination
 from lipguard.bounds.lipsdp import lipsdp
 from lipguard.bounds.local import Local
-from lipguard.bounds.refine import refine
+from lipguard.bounds.refine import climb, refine
 from lipguard.bounds.sampling import Points, Sampling
-from lipguard.bounds.semidefinite import Warm, certify, check_query, not_above_product, propose
+from lipguard.bounds.semidefinite import Warm, certify, check_query, deep, not_above_product, propose, solved
 from lipguard.bounds.spectral import Spectral
 from lipguard.bounds.weighted import quick
 from lipguard.certificate import Certificate, Domain, Factors, Norm, Query, norm_pair
 from lipguard.errors import Contradiction, LipguardError, SolverFailed
 from lipguard.network import Affine, Conv, Network, Operator
+from lipguard.solvers.low_rank import Start
 from lipguard.solvers.threads import one_thread
 from lipguard.verify.factors import LARGEST_UNROLLED
 
@@ -105,6 +106,7 @@ class Tracker:
             registry.solver(self.solver)
         self._warm: Any = None
         self._balance: Tensor | None = None  # of the network that the last multipliers are of
+        self._end: Start | None = None  # of the last ascent
         self._points: Points | None = None
         self._drawn = 0  # measurements so far: the seed of their random starts
         self._reserve = 0.0  # seconds that proving the last value took
@@ -172,32 +174,32 @@ class Tracker:
         if not program.sizes or not any(-1 in row for row in (*program.rows, program.out)):
             return Spectral()(network, self._query)[0]
         warm = self._warm if isinstance(self._warm, Warm) and self._warm.t.numel() == program.neurons else None
-        start = None
-        if warm is not None:
-            before = problem.balance if self._balance is None else self._balance.to(problem.balance)
-            grown = problem.balance / before
-            start = problem.to_program(warm.t.to(grown) * grown, warm.rho)
         expected = self._pace * program.order**3
         in_full = program.order <= _LARGEST_FULL if self._pace == 0 else expected <= allowed
         notes: list[str] = []
         try:
-            if self.solver not in ("auto", "interior-point"):
-                proposal = propose(self.solver, program, start, self.tol, seconds)
-            elif self.solver == "interior-point" or (
-                self.solver == "auto" and (seconds is None or in_full) and program.order <= 1500
-            ):
+            start = None
+            if warm is not None:
+                before = problem.balance if self._balance is None else self._balance.to(problem.balance)
+                grown = problem.balance / before
+                start = problem.to_program(warm.t.to(grown) * grown, warm.rho)
+            if self.solver != "auto" or seconds is None:
+                proposal = solved(self.solver, program, start, self.tol, seconds)[1]
+            elif in_full:
                 proposal = propose("interior-point", program, None, self.tol, None)
                 self._pace = (time.perf_counter() - began) / program.order**3
-            elif seconds is None:
-                proposal = propose("low-rank", program, start, self.tol, None)
-            else:
+            elif program.scaling:  # implicit layers
+                proposal = propose("first-order", program, start, self.tol, allowed)
+            elif program.order <= _LARGEST_REFINED and not deep(program):
                 proposal = refine(program, start, began + seconds, began + max(seconds, floor))
+            else:
+                proposal, self._end = climb(program, self._end, began + seconds, began + max(seconds, floor))
         except SolverFailed as failure:
             notes.append(str(failure))
             proposal = None
-        solved = time.perf_counter()
+        proposed = time.perf_counter()
         certificate = certify(network, self._query, problem, proposal, self._name, notes)
-        self._reserve = time.perf_counter() - solved
+        self._reserve = time.perf_counter() - proposed
         if hasattr(certificate.evidence, "t"):
             self._warm = Warm(certificate.evidence.t, certificate.evidence.rho)  # type: ignore[union-attr]
             self._balance = problem.balance
@@ -307,6 +309,9 @@ _SMALL = 100_000
 
 _PASSES = 4e9
 """Multiplications for the Jacobians of the first starts: a second or so."""
+
+_LARGEST_REFINED = 800
+"""Order up to which a shallow program's multipliers are refined, at some milliseconds a factorisation."""
 
 _LARGEST_FULL = 320
 """Order up to which the first measurement is a full solve: about a fifth of a second."""

@@ -83,7 +83,7 @@ def refined(program: SlopeProgram, x: Tensor, evaluations: int) -> Followed:
         return used >= evaluations or (len(values) > 10 and values[-11] - values[-1] < 1e-3)
 
     if program.neurons:
-        lbfgs(value, x, 30, ends, preconditioned=True)
+        lbfgs(value, x, 30, ends, floor=0.1)
     else:
         value(x)
     if best is None:

@@ -52,7 +52,12 @@ class InteriorPoint:
             SolverFailed: no interior point exists in floating point.
         """
         with torch.no_grad():
-            return _solve(program, start, self.tol, self.max_iterations, deadline)
+            if start is not None:
+                found = _solve(program, start, self.tol, self.max_iterations, deadline)
+                # From a point too near to the boundary of its cone the first steps are too short.
+                if found.gap <= self.tol or not found.message:
+                    return found
+            return _solve(program, None, self.tol, self.max_iterations, deadline)
 
 
 class _Parts(NamedTuple):

@@ -35,7 +35,7 @@ def lbfgs(
     x: Tensor,
     memory: int,
     ends: Callable[[list[float]], bool],
-    preconditioned: bool = False,
+    floor: float | None = None,
     change: float = math.inf,
 ) -> tuple[Tensor, int]:
     """Minimise by L-BFGS with an Armijo line search that treats None as an infinite value (Nocedal, Wright, 7.2).
@@ -45,9 +45,10 @@ def lbfgs(
         x: start, (n,).
         memory: pairs kept.
         ends: asked before every step with all values so far.
-        preconditioned: start the inverse Hessian from the curvature along single coordinates, so that neurons of little
-            energy move as much as others. Near the optimum two or three steps then do what ten do without; far from it
-            (24 layers of 20 from the closed form) many plain steps get further.
+        floor: start the inverse Hessian from the curvature along single coordinates and this part of its mean, so that
+            coordinates of little energy move as much as others; None: from a multiple of the identity. Of multipliers near
+            the optimum two or three steps then do what ten do without; far from it (24 layers of 20 from the closed form)
+            many plain steps get further.
         change: largest change of a coordinate in one step.
     Returns:
         The last point and the number of steps.
@@ -56,7 +57,7 @@ def lbfgs(
     if current is None:
         return x, 0
     values = [current.value]
-    scale = inverse(current.curvature) if preconditioned else torch.ones_like(x)
+    scale = torch.ones_like(x) if floor is None else inverse(current.curvature, floor)
     pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=memory)
     while not ends(values):
         gradient = current.gradient
@@ -68,9 +69,13 @@ def lbfgs(
             slope = float(gradient @ direction)
         # Multipliers live on a logarithmic scale: a first step changes none by more than a tenth, a preconditioned one by half.
         largest = max(float(direction.abs().max()), 1e-30)
-        first, most = (0.5, 0.5) if preconditioned else (1.0, math.inf if pairs else 0.1)
+        first, most = (1.0, math.inf if pairs else 0.1) if floor is None else (0.5, 0.5)
         length = min(1.0 if pairs else first, min(most, change) / largest)
+        # What a step promises is compared with values that are known to rounding only.
+        known = torch.finfo(x.dtype).eps * max(1.0, abs(current.value))
         for _ in range(30):
+            if -length * slope < known:
+                return x, len(values) - 1
             candidate = function(x + length * direction)
             if candidate is not None and candidate.value <= current.value + 1e-4 * length * slope:
                 break
@@ -86,9 +91,9 @@ def lbfgs(
     return x, len(values) - 1
 
 
-def inverse(curvature: Tensor) -> Tensor:
-    """Diagonal of the inverse Hessian to start from; a tenth of the mean keeps dead neurons still."""
-    return 1 / (curvature + 0.1 * curvature.mean()).clamp_min(torch.finfo(curvature.dtype).tiny)
+def inverse(curvature: Tensor, floor: float = 0.1) -> Tensor:
+    """Diagonal of the inverse Hessian to start from; a part of the mean keeps dead neurons still."""
+    return 1 / (curvature + floor * curvature.mean()).clamp_min(torch.finfo(curvature.dtype).tiny ** 0.5)
 
 
 def _two_loops(gradient: Tensor, pairs: deque[tuple[Tensor, Tensor, float]], scale: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,22 +19,27 @@ from torch import Tensor
 from lipguard.errors import SolverFailed
 from lipguard.solvers.lbfgs import lbfgs
 from lipguard.solvers.slope_program import Proposal, SlopeProgram
-from lipguard.solvers.spheres import Passes, Spheres
+from lipguard.solvers.spheres import Passes, Response, Spheres
 
-_ALIGNED = 10
-"""Steps to the aligned point before curvatures are measured: from random vectors they say nothing."""
+_ALIGNED, _AGAIN = 10, 3
+"""Steps to the aligned point before curvatures are measured, from random vectors, of which they say nothing, and from the end
+of a neighbouring ascent."""
 
-_FIRST, _EVERY = 75, 25
-"""Steps before the first look at the multipliers, and between two; a look costs about five."""
+_FLOOR = 1e-3
+"""Part of the mean curvature that is added to each: neurons of little energy must turn as fast as others, since their
+multipliers are no less needed."""
+
+_FIRST = 75
+"""Steps from random vectors before the first look at the multipliers."""
 
 _SPARE = 6
 """Rank beyond the channels, which bound the optimum's: at a rank-deficient point a local optimum is the global one."""
 
-_STALLED = 0.01
-"""Part of the gap that ten steps must close: less is the end of this rank."""
+_STALLED, _ROUNDS = 0.01, 8
+"""Part of the gap that ten steps must close: less is the end of this rank, or of this point; and how many are tried."""
 
-_RISE, _LOWER = 0.03, 10**-0.5
-"""The largest eps that is tried, and the factor from one to the next."""
+_RISE, _HIGHEST, _LOWER = 0.03, 1.0, 10**-0.5
+"""The eps that is tried first, the largest, and the factor from one to the next lower."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ class LowRank:
             close slowly. A number of steps that hardly depends on depth keeps the cost linear.
         rank: entries of a vector at first.
         min_steps, max_steps: steps of the ascent.
+        every: steps between two looks at the multipliers; a look costs about five.
+        visible: gap beyond which it goes on after the deadline, until the limit.
         memory: pairs kept by L-BFGS.
 
     Source: Burer, Monteiro, Math. Program. 95 (2003) and 103 (2005), for the factorisation and its optima.
@@ -56,6 +64,8 @@ class LowRank:
     rank: int = 32
     min_steps: int = 125
     max_steps: int = 400
+    every: int = 25
+    visible: float = math.inf
     memory: int = 10
 
     def __call__(self, program: SlopeProgram, start: Tensor | None = None, deadline: float = math.inf) -> Proposal:
@@ -74,77 +84,175 @@ class LowRank:
             t, rho = program.interior() if start is None else program.interior(start, margin=0.05)
             if rho == 0:
                 return Proposal(t, rho, math.nan, 0, "the output does not feel the input.")
-            return _Climb(self, Spheres(program), deadline, t, rho).run()
+            found = self.climb(Spheres(program), t, rho, deadline)
+            return Proposal(found.t, found.rho, found.gap, found.steps, inside=True)
+
+    def climb(
+        self,
+        dual: Dual,
+        t: Tensor,
+        rho: float,
+        deadline: float = math.inf,
+        start: Start | None = None,
+        limit: float = math.inf,
+    ) -> Climb:
+        """Climb, and keep the best multipliers.
+
+        Args:
+            dual: the points.
+            t, rho: any multipliers inside the cone and the rho they prove; inf if they are not to be kept.
+            deadline: `time.perf_counter()` value after which no further step is begun.
+            start: the end of a neighbouring program's ascent, or None.
+            limit: `time.perf_counter()` value after which none is begun even while the gap is visible.
+        """
+        found = Climb(self, dual, t, rho, deadline, limit)
+        found.run(start)
+        return found
 
 
-class _Climb:
-    """One run: the best multipliers, the best dual value, and the last point."""
+class Start(NamedTuple):
+    """Where an ascent ended: the point, the eps of its multipliers, and the seconds that the last look at them took."""
 
-    def __init__(self, options: LowRank, spheres: Spheres, deadline: float, t: Tensor, rho: float) -> None:
-        self.options, self.spheres, self.deadline = options, spheres, deadline
-        self.t, self.rho, self.dual = t, rho, 0.0
-        self.steps, self.rise = 0, _RISE
+    point: Tensor
+    rise: float
+    look: float
+
+
+class Dual(Protocol):
+    """The points of a program's dual, and the way to multipliers: `Spheres`, `FrequencySpheres`."""
+
+    channels: int
+
+    def random(self, rank: int) -> Tensor:
+        """A point of so many entries a vector."""
+        ...
+
+    def rank(self, x: Tensor) -> int:
+        """Entries of its vectors."""
+        ...
+
+    def renewed(self, x: Tensor) -> Tensor:
+        """A point beside this one that has lost no direction."""
+        ...
+
+    def widened(self, x: Tensor, more: int) -> Tensor:
+        """A point with more entries."""
+        ...
+
+    def passes(self, x: Tensor) -> Passes:
+        """The value and its derivatives."""
+        ...
+
+    def response(self, x: Tensor) -> Response:
+        """What multipliers are found from."""
+        ...
+
+    def multipliers(self, response: Response, rise: float) -> tuple[Tensor, float]:
+        """Multipliers raised by 1 + rise a layer, and the rho they prove."""
+        ...
+
+
+class Climb:
+    """One ascent: the best multipliers, the best dual value, and the last point.
+
+    Attributes:
+        t, rho: multipliers inside the cone and the least rho they prove.
+        dual: the largest value of a point.
+        point: the last one.
+        steps: made so far.
+    """
+
+    def __init__(self, options: LowRank, spheres: Dual, t: Tensor, rho: float, deadline: float, limit: float) -> None:
+        """Before the first step, from any multipliers inside the cone."""
+        self.options, self.spheres, self.deadline, self.limit = options, spheres, deadline, limit
+        self.t, self.rho, self.dual, self.steps = t, rho, 0.0, 0
+        self._first, self._looked, self._rise, self._seconds = _FIRST, -1, _RISE, 0.0
 
     @property
     def gap(self) -> float:
+        """(rho - dual) / rho."""
         return max(0.0, 1 - self.dual / self.rho)
 
     @property
-    def over(self) -> bool:
-        return self.steps >= self.options.max_steps or time.perf_counter() > self.deadline
+    def end(self) -> Start:
+        """What a neighbouring program's ascent can start from."""
+        return Start(self.point, self._rise, self._seconds)
 
-    def run(self) -> Proposal:
-        channels = self.spheres.program.channels
-        rank = min(self.options.rank, channels + _SPARE)
-        x = self.spheres.random(rank)
-        for _ in range(_ALIGNED):
+    def run(self, start: Start | None = None) -> None:
+        """Climb until the gap is small, the steps are used up or the deadline has passed."""
+        full = self.spheres.channels + _SPARE
+        rank = min(self.options.rank, full)
+        if start is None:
+            x = self.spheres.random(rank)
+            for _ in range(_ALIGNED):
+                x = self.spheres.passes(x).aligned
+        else:
+            (x, self._rise, self._seconds), self._first = start, self.options.every
+            x = self._renewed(x)
+        for _ in range(_ROUNDS):
+            x, _ = lbfgs(self._value, x, self.options.memory, self._ends, floor=_FLOOR)
+            self._look()
+            if self._over() or self.gap <= self.options.enough:
+                return
+            rank = self.spheres.rank(x)
+            x = self.spheres.widened(x, min(rank, full - rank)) if rank < full else self._renewed(x)
+
+    def _renewed(self, x: Tensor) -> Tensor:
+        x = self.spheres.renewed(x)
+        for _ in range(_AGAIN):
             x = self.spheres.passes(x).aligned
-        while True:
-            x, _ = lbfgs(self.value, x, self.options.memory, self.ends, preconditioned=True)
-            self.look()
-            if self.over or self.gap <= self.options.enough or rank == channels + _SPARE:
-                return Proposal(self.t, self.rho, self.gap, self.steps)
-            wider = min(2 * rank, channels + _SPARE)
-            x, rank = self.spheres.widened(x, wider - rank), wider
+        return x
 
-    def value(self, x: Tensor) -> Passes:
+    def _value(self, x: Tensor) -> Passes:
         found = self.spheres.passes(x)
-        self.dual, self.x = max(self.dual, math.exp(-found.value)), x
+        self.dual, self.point = max(self.dual, math.exp(-found.value)), x
         return found
 
-    def ends(self, values: list[float]) -> bool:
+    def _over(self) -> bool:
+        if self.steps >= self.options.max_steps:
+            return True
+        end = time.perf_counter() + self._seconds
+        return end > self.limit or (end > self.deadline and self.gap <= self.options.visible)
+
+    def _ends(self, values: list[float]) -> bool:
         if len(values) > 1:
             self.steps += 1
-        if self.over:
+        if self._over():
             return True
-        if self.steps < _FIRST or self.steps % _EVERY:
+        if self.steps < self._first or self.steps % self.options.every:
             return False
         before = self.gap
-        self.look()
+        self._look()
         stalled = len(values) > 10 and values[-11] - values[-1] < _STALLED * self.gap
         slow = self.gap > 0.5 * before and self.steps >= self.options.min_steps
-        return self.gap <= self.options.tol or (slow and (stalled or self.gap <= self.options.enough))
+        return self._over() or self.gap <= self.options.tol or (slow and (stalled or self.gap <= self.options.enough))
 
-    def look(self) -> None:
-        """Find the best multipliers near those of the last point: eps downwards while rho falls, then between."""
-        response = self.spheres.response(self.x)
+    def _look(self) -> None:
+        """Find the best multipliers near those of the last point: eps downwards or upwards while rho falls, then between."""
+        if self._looked == self.steps:
+            return
+        self._looked, began = self.steps, time.perf_counter()
+        response = self.spheres.response(self.point)
 
         def least(rise: float) -> float:
             try:
-                t, eliminated = self.spheres.multipliers(response, rise)
+                t, rho = self.spheres.multipliers(response, rise)
             except SolverFailed:
                 return math.inf
-            rho = math.inf if eliminated.schur is None else float(torch.linalg.eigvalsh(eliminated.schur)[-1])
             if rho < self.rho:
                 self.t, self.rho = t, rho
             return rho
 
-        # Later points need smaller ones than earlier.
-        rise, best = self.rise, least(self.rise)
-        while math.isfinite(best) and (found := least(rise * _LOWER)) < best:
+        rise, best = self._rise, least(self._rise)
+        while math.isfinite(best) and (found := least(rise * _LOWER)) < best * (1 - self.options.tol / 10):
             rise, best = rise * _LOWER, found
-        for factor in (_LOWER**0.5, _LOWER**-0.5):
-            if (found := least(rise * factor)) < best:
-                rise, best = rise * factor, found
+        while 1 - self.dual / best > self.options.enough and rise < _HIGHEST:
+            found = least(rise / _LOWER)
+            if best < math.inf and found >= best:
                 break
-        self.rise = min(_RISE, rise / _LOWER)
+            rise, best = rise / _LOWER, found
+        for power in (0.5, -0.5, 0.25, -0.25) if math.isfinite(best) and not self._over() else ():
+            if (found := least(rise * _LOWER**power)) < best:
+                rise, best = rise * _LOWER**power, found
+        self._rise = rise if math.isfinite(best) else _RISE
+        self._seconds = time.perf_counter() - began

@@ -23,19 +23,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lipguard.solvers.elimination import Elimination
 from lipguard.solvers.slope_program import SlopeProgram
 
-_FLAT = 1e-6
+FLAT = 1e-6
 """Radius, relative to the root mean square of its layer, that stands for smaller ones: a neuron that feels nothing may have
 any large multiplier."""
 
-_LEAST = 1e-30
-"""Multiplier, relative to the largest entry behind it, of a neuron that the output does not feel."""
+LEAST = 1e-30
+"""Multiplier of a neuron that the output does not feel, relative to the largest entry of S in its layer."""
 
 
-_WIDENED = 0.01
-"""Size of new entries beside the old ones."""
+WIDENED, RENEWED = 0.01, 0.1
+"""Size of new entries beside the old ones, and of random vectors beside an optimum's: what an ascent needs no longer dies out
+in it, and a neighbour may need it."""
 
 
 class Passes(NamedTuple):
@@ -71,7 +71,7 @@ class Spheres:
 
     def __init__(self, program: SlopeProgram) -> None:
         """The dual of a program whose layers do not respond to themselves."""
-        self.program = program
+        self.program, self.channels = program, program.channels
         options = program.options
         self.root = torch.ones(program.neurons, **options) if program.weights is None else program.weights.sqrt()  # type: ignore[arg-type]
         if program.slopes is None:
@@ -88,10 +88,18 @@ class Spheres:
         generator = torch.Generator().manual_seed(0)
         return torch.randn(self.program.order * rank, generator=generator, dtype=torch.float64).to(**self.program.options)  # type: ignore[arg-type]
 
+    def rank(self, x: Tensor) -> int:
+        """Entries of a point's vectors."""
+        return x.numel() // self.program.order
+
+    def renewed(self, x: Tensor) -> Tensor:
+        """A point beside this one that has lost no direction."""
+        return self._unit(x) + RENEWED * self._unit(self.random(self.rank(x)))
+
     def widened(self, x: Tensor, more: int) -> Tensor:
         """The same vectors with more entries, small ones."""
         x = x.view(self.program.order, -1)
-        size = _WIDENED * x.square().mean().sqrt()
+        size = WIDENED * x.square().mean().sqrt()
         return torch.cat([x, size * self.random(more).view(len(x), more)], 1).flatten()
 
     def passes(self, x: Tensor) -> Passes:
@@ -112,38 +120,35 @@ class Spheres:
         value, pull = self._backward(unit, points, pre, radii, stationary=True)
         return Response(value * self._joint(pull.square().sum(1)).sqrt()[: self.program.neurons], radii)
 
-    def multipliers(self, response: Response, rise: float) -> tuple[Tensor, Elimination]:
-        """Multipliers near a point's, those of each layer 1 + rise times as large as the layers' behind would have them.
+    def multipliers(self, response: Response, rise: float) -> tuple[Tensor, float]:
+        """Multipliers near a point's, each layer's 1 + rise times as large as those behind it would have them, and their rho.
 
         Raises:
             SolverFailed: they lie outside the cone.
         """
         program = self.program
         t = torch.empty_like(response.pull)
-        largest = 0.0
 
         def inside(k: int, s: Tensor | None) -> Tensor:
-            nonlocal largest
             here = program.slices[k]
             own = torch.zeros_like(t[here]) if s is None else s.diagonal()
-            largest = max(largest, float(own.max()))
             radius = response.radius[here]
-            least = max(_FLAT * float(radius.square().mean().sqrt()), _tiny(t))
-            tau = (1 + rise) ** (len(self.layers) - k) * response.pull[here] / (2 * radius.clamp_min(least))
+            least = max(FLAT * float(radius.square().mean().sqrt()), _tiny(t))
+            tau = raised(response.pull[here], radius, rise, len(self.layers) - k) / (2 * radius.clamp_min(least))
             weight = 1 if program.weights is None else program.weights[here]
             # The diagonal of the pivot 2T - S is positive.
             floor = self._group((1 + rise) / 2 * own / weight, k, "amax")
-            t[here] = weight * torch.maximum(tau, floor).clamp_min(max(_LEAST * largest, _LEAST))
+            t[here] = weight * torch.maximum(tau, floor).clamp_min(LEAST * (float(own.max()) or 1.0))
             return t[here]
 
-        return t, program.eliminate(inside)
+        schur = program.eliminate(inside).schur
+        return t, math.inf if schur is None else float(torch.linalg.eigvalsh(schur)[-1])
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The lengths of x along its spheres, its u, the feasible points, their pre-activations and their spheres' radii."""
         program = self.program
-        x = x.view(program.order, -1)
-        norms = self._joint(x.square().sum(1)).sqrt().clamp_min(_tiny(x))
-        unit = x / norms[:, None]
+        norms = self._norms(x)
+        unit = x.view(program.order, -1) / norms[:, None]
         points = unit.clone()
         pre = torch.zeros_like(unit[: program.neurons])
         radii = torch.empty_like(self.root)
@@ -155,6 +160,13 @@ class Spheres:
             radii[here] = self._group(self.stretch[here] * z.square().sum(1), k).sqrt()
             points[here] = self.middle[here, None] * z + (radii[here] / self.root[here])[:, None] * unit[here]
         return norms, unit, points, pre, radii
+
+    def _norms(self, x: Tensor) -> Tensor:
+        squares = x.view(self.program.order, -1).square().sum(1)
+        return self._joint(squares).sqrt().clamp_min(_tiny(x))
+
+    def _unit(self, x: Tensor) -> Tensor:
+        return (x.view(self.program.order, -1) / self._norms(x)[:, None]).flatten()
 
     def _backward(self, unit: Tensor, points: Tensor, pre: Tensor, radii: Tensor, stationary: bool) -> tuple[float, Tensor]:
         """The dual value, and half its logarithm's derivative in the scaled points sqrt(s) (v - m z).
@@ -196,6 +208,18 @@ class Spheres:
         if groups is not None:
             neurons = values.new_zeros(int(groups.max()) + 1).index_add_(0, groups, neurons)[groups]
         return torch.cat([neurons, channels.sum(0, keepdim=True).expand_as(channels)])
+
+
+def raised(pull: Tensor, radius: Tensor, rise: float, layers: int) -> Tensor:
+    """Pulls of a layer, 1 + rise times as large for each layer from it on, and more where little is lost by it.
+
+    What a neuron's multiplier adds to rho is in proportion to its energy, pull times radius: multipliers of little energy,
+    whose quotients are the least exact, are raised by rise over the root of their energy beside the mean, at most doubled.
+    """
+    energy = pull * radius
+    mean = energy.mean()
+    share = (energy / mean.clamp_min(_tiny(pull))).clamp_min(1e-12)
+    return pull * (1 + rise) ** layers * (1 + rise * share.rsqrt()).clamp_max(2.0)
 
 
 def _tiny(like: Tensor) -> float:

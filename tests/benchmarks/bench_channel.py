@@ -7,6 +7,7 @@ Prints seconds from network to certificate, CPU seconds, and the ratio to the pr
 
 from __future__ import annotations
 
+import math
 import pathlib
 import sys
 import time
@@ -69,7 +70,8 @@ def main(names: list[str]) -> None:
         neuron = f", one a neuron {lg.bound(network).value:.5g}" if network.neurons < 600 else ""
         lower = lg.bound(network, method="sampling", time_limit=2).value
         print(
-            f"{name}: {found.value:.5g} ({found.rigor}, {found.method}, {found.details.get('iterations')} steps) "
+            f"{name}: {found.value:.5g} ({found.rigor}, {found.method}, {found.details.get('iterations')} steps, "
+            f"gap of its square {found.details.get('gap', math.nan):.1e}) "
             f"in {seconds:.1f} s, {work:.1f} s of CPU; product {product:.5g}, ratio {found.value / product:.3g}{neuron}; "
             f"sampled {lower:.4g} {found.note}",
             flush=True,
