@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lipguard.solvers.frequency import Blocks, FrequencyProgram
-from lipguard.solvers.spheres import FLAT, LEAST, RENEWED, WIDENED, Passes, Response, raised
+from lipguard.solvers.spheres import FLAT, LEAST, RENEWED, WIDENED, Passes, Response
 
 Parts = dict[int, Tensor]
 """By layer, and -1 for the channels, values (F, n, p) at its frequencies."""
@@ -106,7 +106,7 @@ class FrequencySpheres:
             index = program.groups[k]
             own = tau.new_zeros(len(index)) if s is None else s.diagonal(dim1=1, dim2=2).real.amax(0).to(tau)
             least = max(FLAT * float(radii[k].square().mean().sqrt()), self.tiny)
-            wanted = raised(pulls[k], radii[k], rise, len(self.layers) - k) / (2 * radii[k].clamp_min(least))
+            wanted = (1 + rise) ** (len(self.layers) - k) * pulls[k] / (2 * radii[k].clamp_min(least))
             # The diagonal of the pivot 2T - S is positive.
             wanted = torch.maximum(wanted, (1 + rise) / 2 * own).clamp_min(LEAST * (float(own.max()) or 1.0))
             tau.scatter_reduce_(0, index, wanted, "amax", include_self=False)

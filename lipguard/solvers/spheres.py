@@ -134,7 +134,7 @@ class Spheres:
             own = torch.zeros_like(t[here]) if s is None else s.diagonal()
             radius = response.radius[here]
             least = max(FLAT * float(radius.square().mean().sqrt()), _tiny(t))
-            tau = raised(response.pull[here], radius, rise, len(self.layers) - k) / (2 * radius.clamp_min(least))
+            tau = (1 + rise) ** (len(self.layers) - k) * response.pull[here] / (2 * radius.clamp_min(least))
             weight = 1 if program.weights is None else program.weights[here]
             # The diagonal of the pivot 2T - S is positive.
             floor = self._group((1 + rise) / 2 * own / weight, k, "amax")
@@ -208,18 +208,6 @@ class Spheres:
         if groups is not None:
             neurons = values.new_zeros(int(groups.max()) + 1).index_add_(0, groups, neurons)[groups]
         return torch.cat([neurons, channels.sum(0, keepdim=True).expand_as(channels)])
-
-
-def raised(pull: Tensor, radius: Tensor, rise: float, layers: int) -> Tensor:
-    """Pulls of a layer, 1 + rise times as large for each layer from it on, and more where little is lost by it.
-
-    What a neuron's multiplier adds to rho is in proportion to its energy, pull times radius: multipliers of little energy,
-    whose quotients are the least exact, are raised by rise over the root of their energy beside the mean, at most doubled.
-    """
-    energy = pull * radius
-    mean = energy.mean()
-    share = (energy / mean.clamp_min(_tiny(pull))).clamp_min(1e-12)
-    return pull * (1 + rise) ** layers * (1 + rise * share.rsqrt()).clamp_max(2.0)
 
 
 def _tiny(like: Tensor) -> float:
