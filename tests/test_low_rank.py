@@ -143,6 +143,22 @@ def test_deep_chains_end_within_their_gap(depth, activation):
         assert found.rho * (1 - found.gap) <= optimum.rho
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_of_free_channels(name, tied):
+    model, inputs = MODELS[name]
+    p = lipsdp(network(model, inputs).feedback(), tied, "inputs").program
+    assert p.free
+    optimum, found = InteriorPoint(1e-10)(p), LowRank()(p)
+    assert optimum.rho * (1 - 1e-9) <= found.rho <= optimum.rho * (1 + 5e-6)
+    assert found.rho * (1 - found.gap) <= optimum.rho * (1 + 1e-9)
+    # The weights are meant up to a factor: with the least that the multipliers allow they sum to rho.
+    s = p.eliminate(lambda k, _: found.t[p.slices[k]]).schur
+    root = found.weights.clamp_min(1e-9 * float(found.weights.mean())).rsqrt()
+    factor = float(torch.linalg.eigvalsh(root[:, None] * s * root)[-1])
+    assert factor * float((1 / root**2).sum()) == pytest.approx(found.rho, rel=1e-9)
+
+
 def test_too_small_a_rank_is_raised():
     p = lipsdp(network(deep([64, 64, 64, 64]), 64).feedback()).program
     optimum = InteriorPoint(1e-9)(p).rho
@@ -193,8 +209,9 @@ def test_a_deadline_and_a_start():
 
 
 def test_what_it_cannot_solve_is_refused():
+    p = program()
     with pytest.raises(SolverFailed, match="interior-point"):
-        LowRank()(dataclasses.replace(program(), free=True))
+        LowRank()(dataclasses.replace(p, scaling={0: torch.ones(p.sizes[0], dtype=torch.float64)}))
 
 
 def test_the_choice_and_what_follows_an_open_gap(monkeypatch):

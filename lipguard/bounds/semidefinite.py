@@ -141,8 +141,8 @@ def solved(
     Raises:
         SolverFailed, UnsupportedQuery: as `propose`.
     """
-    # The other methods eliminate layers that do not respond to themselves, and minimise one rho.
-    if name == "auto" and (program.order <= _SMALL or program.free or program.scaling or chordal):
+    # Low-rank points know no layers that respond to themselves.
+    if name == "auto" and (program.order <= _SMALL or program.scaling or chordal):
         name = "interior-point"
     if name != "auto":
         return name, propose(name, program, start, tol, time_limit, chordal)

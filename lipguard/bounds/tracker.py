@@ -28,7 +28,7 @@ from lipguard.bounds.refine import climb, refine
 from lipguard.bounds.sampling import Points, Sampling
 from lipguard.bounds.semidefinite import Warm, certify, check_query, deep, not_above_product, propose, solved
 from lipguard.bounds.spectral import Spectral
-from lipguard.bounds.weighted import quick
+from lipguard.bounds.weighted import cubes
 from lipguard.certificate import Certificate, Domain, Factors, Norm, Query, norm_pair
 from lipguard.errors import Contradiction, LipguardError, SolverFailed
 from lipguard.network import Affine, Conv, Network, Operator
@@ -262,7 +262,7 @@ def affordable(network: Network, norm: tuple[float, float] = (2.0, 2.0)) -> str:
     The same for all networks of one structure, so that a training is measured by one method.
     """
     if norm != (2.0, 2.0):
-        return "lipsdp-neuron" if quick(network, norm) else "spectral"
+        return "lipsdp-neuron" if cubes(network, norm) <= _LARGEST_WEIGHTED else "spectral"
     convolutions = [n.operator for n in network.nodes if isinstance(n, Affine) and isinstance(n.operator, Conv)]
     if network.neurons <= (_LARGEST_CONVOLUTIONAL if convolutions else _LARGEST_MEASURED):
         return "lipsdp-neuron"
@@ -296,6 +296,9 @@ _LARGEST_LOCAL = 400
 _LARGEST_CONVOLUTIONAL, _LARGEST_MEASURED = 1000, 4000
 """Neurons up to which the dense semidefinite program is refined within a second or so: of convolutions, whose matrices are
 large beside their weights, and of matrices."""
+
+_LARGEST_WEIGHTED = 3e8
+"""Cubes of weighted programs up to which other norms are measured by them: a second or so."""
 
 _LARGEST_ELIMINATION = 4e9
 """Multiplications of one elimination over all frequencies up to which channels are measured: some tenths of a second, and

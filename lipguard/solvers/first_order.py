@@ -57,7 +57,9 @@ class FirstOrder:
             SolverFailed: no interior point exists in floating point.
         """
         if program.free:
-            raise SolverFailed("first-order minimises one rho for all channels; norms other than 2 need interior-point.")
+            raise SolverFailed(
+                "first-order minimises one rho for all channels; norms other than 2 need low-rank or interior-point."
+            )
         with torch.no_grad():
             return self._solve(program, start, deadline)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -78,14 +79,17 @@ class LowRank:
         Raises:
             SolverFailed: no interior point exists in floating point.
         """
-        if program.free or program.scaling:
-            raise SolverFailed("low-rank knows no implicit layers and no norms other than 2. Use interior-point.")
+        if program.scaling:
+            raise SolverFailed("low-rank knows no implicit layers. Use interior-point.")
         with torch.no_grad():
             t, rho = program.interior() if start is None else program.interior(start, margin=0.05)
             if rho == 0:
                 return Proposal(t, rho, math.nan, 0, "the output does not feel the input.")
-            found = self.climb(Spheres(program), t, rho, deadline)
-            return Proposal(found.t, found.rho, found.gap, found.steps, inside=True)
+            found = self.climb(Spheres(program), t, rho * (program.channels if program.free else 1), deadline)
+            weights = found.weights
+            if program.free and weights is None:
+                weights = torch.ones_like(found.t[:1]).expand(program.channels)
+            return Proposal(found.t, found.rho, found.gap, found.steps, inside=True, weights=weights)
 
     def climb(
         self,
@@ -156,7 +160,8 @@ class Climb:
     """One ascent: the best multipliers, the best dual value, and the last point.
 
     Attributes:
-        t, rho: multipliers inside the cone and the least rho they prove.
+        t, rho: multipliers inside the cone and the least rho they prove; with free channels the sum of their weights.
+        weights: of free channels, (r,), up to a factor; None where none were found, or all channels have one.
         dual: the largest value of a point.
         point: the last one.
         steps: made so far.
@@ -166,6 +171,7 @@ class Climb:
         """Before the first step, from any multipliers inside the cone."""
         self.options, self.spheres, self.deadline, self.limit = options, spheres, deadline, limit
         self.t, self.rho, self.dual, self.steps = t, rho, 0.0, 0
+        self.weights: Tensor | None = None
         self._first, self._looked, self._rise, self._seconds = _FIRST, -1, _RISE, 0.0
 
     @property
@@ -228,7 +234,7 @@ class Climb:
         return self._over() or self.gap <= self.options.tol or (slow and (stalled or self.gap <= self.options.enough))
 
     def _look(self) -> None:
-        """Find the best multipliers near those of the last point: eps downwards or upwards while rho falls, then between."""
+        """Keep the best multipliers near those of the last point."""
         if self._looked == self.steps:
             return
         self._looked, began = self.steps, time.perf_counter()
@@ -240,19 +246,27 @@ class Climb:
             except SolverFailed:
                 return math.inf
             if rho < self.rho:
-                self.t, self.rho = t, rho
+                self.t, self.rho, self.weights = t, rho, response.weights
             return rho
 
-        rise, best = self._rise, least(self._rise)
-        while math.isfinite(best) and (found := least(rise * _LOWER)) < best * (1 - self.options.tol / 10):
-            rise, best = rise * _LOWER, found
+        self._rise = self._search(least)
+        self._seconds = time.perf_counter() - began
+
+    def _search(self, least: Callable[[float], float]) -> float:
+        """An eps near the best: downwards by growing factors while rho falls, upwards where it is far off, then between."""
+        rise, best, factor = self._rise, least(self._rise), _LOWER
+        while math.isfinite(best) and (found := least(rise * factor)) < best * (1 - self.options.tol / 10):
+            rise, best, factor = rise * factor, found, factor**2
         while 1 - self.dual / best > self.options.enough and rise < _HIGHEST:
             found = least(rise / _LOWER)
             if best < math.inf and found >= best:
                 break
             rise, best = rise / _LOWER, found
-        for power in (0.5, -0.5, 0.25, -0.25) if math.isfinite(best) and not self._over() else ():
-            if (found := least(rise * _LOWER**power)) < best:
-                rise, best = rise * _LOWER**power, found
-        self._rise = rise if math.isfinite(best) else _RISE
-        self._seconds = time.perf_counter() - began
+        if best == math.inf:
+            return _RISE
+        for power in (0.25, 0.125):
+            for candidate in (rise * factor**power, rise / factor**power):
+                if self.gap > self.options.tol and not self._over() and (found := least(candidate)) < best:
+                    rise, best = candidate, found
+                    break
+        return rise

@@ -12,6 +12,8 @@ derivative of the Lagrangian vanishes, Z X = 0, for
 
     tau_g = |B / sqrt(s)|_g / (2 r_g).
 
+Where every channel has a weight of its own, each is a sphere of its own, and |B| its weight.
+
 The passes are matrix products alone, linear in depth. The sphere and the passes are ours.
 """
 
@@ -32,6 +34,9 @@ any large multiplier."""
 LEAST = 1e-30
 """Multiplier of a neuron that the output does not feel, relative to the largest entry of S in its layer."""
 
+
+LIGHTEST = 1e-9
+"""Weight of a channel that nothing feels, relative to the mean."""
 
 WIDENED, RENEWED = 0.01, 0.1
 """Size of new entries beside the old ones, and of random vectors beside an optimum's: what an ascent needs no longer dies out
@@ -60,10 +65,12 @@ class Response(NamedTuple):
     Attributes:
         pull: |B / sqrt(s)| of each neuron's group, (n,), all later layers taken as stationary.
         radius: r of each neuron's group, (n,).
+        weights: |B| of each channel, (r,), where channels are free: their multipliers; else None.
     """
 
     pull: Tensor
     radius: Tensor
+    weights: Tensor | None = None
 
 
 class Spheres:
@@ -118,7 +125,9 @@ class Spheres:
         """Pulls and radii of all neurons, each layer's u along its pull before the layers it hears are asked."""
         _, unit, points, pre, radii = self._forward(x)
         value, pull = self._backward(unit, points, pre, radii, stationary=True)
-        return Response(value * self._joint(pull.square().sum(1)).sqrt()[: self.program.neurons], radii)
+        lengths = value * self._joint(pull.square().sum(1)).sqrt()
+        n = self.program.neurons
+        return Response(lengths[:n], radii, lengths[n:] if self.program.free else None)
 
     def multipliers(self, response: Response, rise: float) -> tuple[Tensor, float]:
         """Multipliers near a point's, each layer's 1 + rise times as large as those behind it would have them, and their rho.
@@ -142,7 +151,13 @@ class Spheres:
             return t[here]
 
         schur = program.eliminate(inside).schur
-        return t, math.inf if schur is None else float(torch.linalg.eigvalsh(schur)[-1])
+        if schur is None:
+            return t, math.inf
+        if response.weights is None:
+            return t, float(torch.linalg.eigvalsh(schur)[-1])
+        weights = response.weights.clamp_min(LIGHTEST * float(response.weights.mean()))
+        root = weights.rsqrt()
+        return t, float(torch.linalg.eigvalsh(root[:, None] * schur * root)[-1] * weights.sum())
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The lengths of x along its spheres, its u, the feasible points, their pre-activations and their spheres' radii."""
@@ -202,12 +217,14 @@ class Spheres:
         return found[index]
 
     def _joint(self, values: Tensor) -> Tensor:
-        """The sum over its sphere, for every coordinate: groups of neurons, and all channels."""
+        """The sum over its sphere, for every coordinate: groups of neurons, and all channels unless they are free."""
         neurons, channels = values[: self.program.neurons], values[self.program.neurons :]
         groups = self.program.groups
         if groups is not None:
             neurons = values.new_zeros(int(groups.max()) + 1).index_add_(0, groups, neurons)[groups]
-        return torch.cat([neurons, channels.sum(0, keepdim=True).expand_as(channels)])
+        if not self.program.free:
+            channels = channels.sum(0, keepdim=True).expand_as(channels)
+        return torch.cat([neurons, channels])
 
 
 def _tiny(like: Tensor) -> float:
