@@ -277,3 +277,22 @@ def test_lower_bounds_of_many_outputs_need_no_jacobian(monkeypatch: pytest.Monke
     assert 0.98 * formed <= along <= formed * (1 + 1e-9)
     for norm in (1, math.inf):
         assert 0 < lg.bound(network, method="sampling", norm=norm).value <= lg.bound(network, norm=norm).value
+
+
+def test_deep_networks_are_climbed_on_from_the_last_point():
+    net = model(sizes=(4, *[32] * 12, 3))
+    tracker = lg.Tracker(net, EXAMPLE)
+    ends = []
+    for _ in range(3):
+        train(net, 5)
+        upper, lower = tracker.update(0.05, floor=0.5)
+        assert lower <= upper <= lg.bound(net, EXAMPLE).value * 1.02
+        proved(tracker)
+        ends.append(tracker._end)
+    assert ends[0] is not None and ends[1] is not ends[0]
+    # The gap that the ascent knows of is told.
+    assert tracker.last.upper.details["gap"] <= 0.04
+    other = lg.Tracker(net, EXAMPLE)
+    other.load_state_dict(tracker.state_dict())
+    upper, _ = other.update(0.05, floor=0.5)
+    assert upper <= lg.bound(net, EXAMPLE).value * 1.02

@@ -193,7 +193,9 @@ class Tracker:
             elif program.order <= _LARGEST_REFINED and not deep(program):
                 proposal = refine(program, start, began + seconds, began + max(seconds, floor))
             else:
-                proposal, self._end = climb(program, self._end, began + seconds, began + max(seconds, floor))
+                proposal, self._end = climb(
+                    program, None if warm is None else self._end, began + seconds, began + max(seconds, floor)
+                )
         except SolverFailed as failure:
             notes.append(str(failure))
             proposal = None

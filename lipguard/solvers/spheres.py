@@ -101,7 +101,8 @@ class Spheres:
 
     def renewed(self, x: Tensor) -> Tensor:
         """A point beside this one that has lost no direction."""
-        return self._unit(x) + RENEWED * self._unit(self.random(self.rank(x)))
+        fresh = self.random(self.rank(x))
+        return self._unit(x.to(fresh)) + RENEWED * self._unit(fresh)
 
     def widened(self, x: Tensor, more: int) -> Tensor:
         """The same vectors with more entries, small ones."""
