@@ -121,7 +121,7 @@ def test_default_and_rough_solver():
     rough = lg.bound(network, norm=INF, solver="scs")
     assert default.value * (1 - 1e-6) <= rough.value <= 1.01 * default.value
     # Wide networks keep the product, which costs nothing.
-    assert lg.bound(net(400, 300, 200, 10), norm=INF).method == "spectral"
+    assert lg.bound(net(800, 600, 400, 10), norm=INF).method == "spectral"
     tracker = lg.Tracker(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)), torch.zeros(1, 5), "lipsdp-neuron", norm=INF)
     upper, lower = tracker.update()
     assert 0 < lower <= upper < tracker.last.spectral.value
