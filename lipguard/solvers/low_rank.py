@@ -33,8 +33,9 @@ multipliers are no less needed."""
 _FIRST = 75
 """Steps from random vectors before the first look at the multipliers."""
 
-_SPARE = 6
-"""Rank beyond the channels, which bound the optimum's: at a rank-deficient point a local optimum is the global one."""
+_SPARE = 15
+"""Rank beyond the channels, which bound the optimum's: at a rank-deficient point a local optimum is the global one. With six
+more, networks of one output still end in local optima."""
 
 _STALLED, _ROUNDS = 0.01, 8
 """Part of the gap that ten steps must close: less is the end of this rank, or of this point; and how many are tried."""
