@@ -306,6 +306,16 @@ def test_a_foreign_file_is_never_certified_with_stored_tensors(tmp_path):
     assert "not the checkpoint that was saved" in record.failure
 
 
+def test_what_was_left_before_any_marker_goes_after_an_hour(tmp_path):
+    names = [f".{name}.ckpt.lipguard.pending.json.1-ab.tmp" for name in ("old", "new")]
+    for name in names:
+        (tmp_path / name).write_text("half")
+    hours_ago = time.time() - 2 * 3600
+    os.utime(tmp_path / names[0], (hours_ago, hours_ago))
+    assert pending_in([tmp_path]) == []
+    assert [p.name for p in tmp_path.iterdir()] == names[1:]
+
+
 def test_markers_of_a_living_process_are_left_alone(tmp_path):
     marker = prepare(tmp_path / "a.ckpt", pending(small()))
     assert pending_in([tmp_path]) == [marker]

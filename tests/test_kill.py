@@ -96,7 +96,11 @@ def check_resumed(folder: Path) -> None:
     for path in paths:
         verify_record(read_record(record_path(path)), path)
     names = sorted([p.name for p in paths] + [record_path(p).name for p in paths])
-    assert sorted(p.name for p in folder.iterdir() if ".lipguard." in p.name or p.suffix == ".ckpt") == names
+    left = [p.name for p in folder.iterdir() if ".lipguard." in p.name or p.suffix == ".ckpt"]
+    # A kill before the first marker of a checkpoint leaves a file of its writing, which goes after an hour.
+    markers = [n for n in left if n.endswith(".tmp") and not any(n.startswith(f".{p.name}.") for p in paths)]
+    assert sorted(set(left) - set(markers)) == names
+    assert len(markers) <= 1
 
 
 def kill_training(folder: Path, seconds: float) -> tuple[int, int]:

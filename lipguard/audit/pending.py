@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import socket
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,9 @@ __all__ = [
 ]
 
 PENDING = ".lipguard.pending.json"
+
+_ABANDONED = 3600.0
+"""Seconds after which a file that is written in an instant is nobody's any more, whatever machine its writer was on."""
 
 Result = Literal["done", "dropped", "waiting", "superseded"]
 """Of an audit: its record is in place; the checkpoint is gone; its version is not there yet; a later save replaced it."""
@@ -230,8 +234,16 @@ def up_to_date(checkpoint: str | os.PathLike[str]) -> AuditRecord | None:
 
 
 def pending_in(folders: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Markers in the folders, oldest first, without those whose process is still at work."""
-    found = {marker for folder in folders for marker in Path(folder).glob(f"*{PENDING}")}
+    """Markers in the folders, oldest first, without those whose process is still at work.
+
+    Removes what a process killed before its marker was in place left long ago: it belongs to no checkpoint.
+    """
+    folders = [Path(folder) for folder in folders]
+    for leftover in (path for folder in folders for path in folder.glob(f".*{PENDING}.*.tmp")):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - leftover.stat().st_mtime > _ABANDONED:
+                leftover.unlink()
+    found = {marker for folder in folders for marker in folder.glob(f"*{PENDING}")}
     return sorted((m for m in found if not owned_elsewhere(m)), key=lambda m: (m.stat().st_mtime, m))
 
 
