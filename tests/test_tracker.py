@@ -285,7 +285,7 @@ def test_deep_networks_are_climbed_on_from_the_last_point():
     ends = []
     for _ in range(3):
         train(net, 5)
-        upper, lower = tracker.update(0.05, floor=0.5)
+        upper, lower = tracker.update(0.05, floor=5.0)
         assert lower <= upper <= lg.bound(net, EXAMPLE).value * 1.02
         proved(tracker)
         ends.append(tracker._end)
@@ -294,5 +294,5 @@ def test_deep_networks_are_climbed_on_from_the_last_point():
     assert tracker.last.upper.details["gap"] <= 0.04
     other = lg.Tracker(net, EXAMPLE)
     other.load_state_dict(tracker.state_dict())
-    upper, _ = other.update(0.05, floor=0.5)
+    upper, _ = other.update(0.05, floor=5.0)
     assert upper <= lg.bound(net, EXAMPLE).value * 1.02
