@@ -206,6 +206,25 @@ def test_the_random_state_is_left_alone_and_the_result_is_the_same():
     assert torch.equal(first.t, LowRank()(p).t)
 
 
+def test_no_tensor_is_made_on_the_default_device():
+    p, q = problem("chain", False), convolutional("image to vector")
+    with torch.device("meta"):
+        assert LowRank()(p).gap <= 1e-5
+        assert LowRank().climb(FrequencySpheres(q), *q.interior()).gap <= 1e-5
+
+
+def test_values_beyond_single_precision():
+    deep_one = network(deep([32] * 62, gain=3.0), 32)
+    tracker = lg.Tracker(deep([32] * 62, gain=3.0), torch.zeros(1, 32, dtype=torch.float64))
+    upper, lower = tracker.update(0.2, floor=20.0)
+    assert 0 <= lower <= upper
+    # A square of 1e50 and more.
+    assert 1e25 < upper <= 1.02 * lg.bound(deep_one).value
+    p = lipsdp(deep_one.feedback()).program.to(torch.float32)
+    found = LowRank(max_steps=20).climb(Spheres(p), torch.ones(p.neurons), math.inf)
+    assert found.rho == math.inf and math.isfinite(found.dual)
+
+
 def test_a_deadline_and_a_start():
     net = network(deep([10] * 14), 10)
     p = lipsdp(net.feedback()).program

@@ -116,7 +116,7 @@ def search(
     deadline: float = math.inf,
     end: Start | None = None,
 ) -> Climb:
-    """The ascent of a program's dual, in single precision.
+    """The ascent of a program's dual, in single precision, and in double where that found nothing.
 
     Args:
         program: the program.
@@ -128,7 +128,9 @@ def search(
     """
     with torch.no_grad():
         t, rho = program.interior() if start is None else program.interior(start, margin=0.5)
-        return LowRank(tol=max(tol, _TOL), rank=_RANK).climb(FrequencySpheres(program, single=True), t, rho, deadline, end)
+        method = LowRank(tol=max(tol, _TOL), rank=_RANK)
+        found = method.climb(FrequencySpheres(program, single=True), t, rho, deadline, end)
+        return found if found.rho < rho else method.climb(FrequencySpheres(program), t, rho, deadline, end)
 
 
 def _proved(network: Network, query: Query, problem: _Problem, tau: Tensor, rho: float) -> tuple[Certificate, WarmChannels]:

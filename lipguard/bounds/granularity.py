@@ -16,7 +16,6 @@ _QUICK = 5e10
 """Sum of the cubes of a program's fronts up to which one multiplier a neuron is affordable beside channels: 2352 convolutional
 neurons, 2.6e10, take 4 s."""
 
-
 _QUICK_WEIGHTED = 1e10
 """Likewise the cubes of weighted programs: some seconds."""
 

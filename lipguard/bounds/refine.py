@@ -31,6 +31,9 @@ _CLOSE, _VISIBLE = 2e-3, 0.02
 _EVERY = 4
 """Steps between two looks at the multipliers: where the last measurement's point is near, few are needed."""
 
+_RANGE = 30.0
+"""Sum of the logarithms of the layers' norms, growing or shrinking, up to which values fit into single precision."""
+
 _ROUNDED = 3e-5
 """Single precision finds rho to a few units of 1e-6; a margin above that spares the checker a second try."""
 
@@ -80,7 +83,7 @@ def refine(program: SlopeProgram, start: Tensor | None, target: float, limit: fl
 def climb(program: SlopeProgram, start: Start | None, target: float, limit: float) -> tuple[Proposal, Start]:
     """Climb the dual until the gap is small; beyond `target` only while it is visible, and never beyond `limit`.
 
-    In single precision, as `refine`.
+    In single precision, as `refine`, unless the program's values may leave its range.
 
     Args:
         program: the program, float64.
@@ -92,7 +95,10 @@ def climb(program: SlopeProgram, start: Start | None, target: float, limit: floa
         SolverFailed: no interior point exists in floating point.
     """
     with torch.no_grad():
-        dual = Spheres(program.to(torch.float32))
+        # Layers' norms at most: their squares, and those of what a part of them does, are to stay well within 1e38.
+        rows = (*program.rows, program.out)
+        size = sum(abs(math.log(sum(float(torch.linalg.matrix_norm(b)) for b in row.values()) or 1.0)) for row in rows)
+        dual = Spheres(program.to(torch.float32) if size < _RANGE else program)
         options = LowRank(tol=_CLOSE, enough=_CLOSE, min_steps=2 * _EVERY, every=_EVERY, visible=_VISIBLE)
         found = options.climb(dual, dual.root, math.inf, target, start, limit)
         t, rho = (found.t.double(), found.rho * (1 + _ROUNDED)) if found.rho < math.inf else program.interior()

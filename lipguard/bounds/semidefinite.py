@@ -23,7 +23,7 @@ from lipguard.verify import verify
 
 Solver = Callable[[SlopeProgram, Tensor | None, float], Proposal]
 
-_SMALL, _LARGEST_DENSE = 300, 1500
+_SMALL, LARGEST_DENSE = 300, 1500
 """Orders of the matrix inequality up to which the interior point method is chosen at once, in a tenth of a second, and after
 `low-rank` left a gap, in half a minute."""
 
@@ -36,7 +36,7 @@ _DEEP = 8.0
 MEMORY = 8e9
 """Bytes that the blocks of a program and of its proof may take."""
 
-_SOLVED = 1e-2
+_SOLVED = 1e-3
 """Relative gap from which a program counts as solved: its value is then compared with no other."""
 
 _EQUAL = 1e-6
@@ -149,12 +149,7 @@ def solved(
     began = time.perf_counter()
     proposal = propose("low-rank", program, start, tol, time_limit)
     left = None if time_limit is None else time_limit - (time.perf_counter() - began)
-    if (
-        not proposal.gap > max(tol, _CLOSED)
-        or deep(program)
-        or program.order > _LARGEST_DENSE
-        or (left is not None and left <= 0)
-    ):
+    if not proposal.gap > max(tol, _CLOSED) or deep(program) or program.order > LARGEST_DENSE or (left is not None and left <= 0):
         return "low-rank", proposal
     try:
         exact = propose("interior-point", program, None, tol, left)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lipguard.bounds.lipsdp import LipSDP as Problem
 from lipguard.bounds.lipsdp import lipsdp as problem_of
-from lipguard.bounds.semidefinite import certify, check_query, solved
+from lipguard.bounds.semidefinite import LARGEST_DENSE, certify, check_query, propose
 from lipguard.bounds.spectral import Spectral
 from lipguard.certificate import Certificate, Query
 from lipguard.errors import SolverFailed, UnsupportedQuery
@@ -163,7 +163,9 @@ def lipsdp(network: Network, t: Tensor | None = None, slopes: Slopes | None = No
         fixed = own[0].detach(), own[1].detach()
         problem = problem_of(plain.feedback(fixed))
         if t is None:
-            t = solved("auto", problem.program, None, 1e-10, None)[1].t
+            # The derivative is that of the optimal bound only as far as t is optimal.
+            name = "interior-point" if problem.program.order <= LARGEST_DENSE else "low-rank"
+            t = propose(name, problem.program, None, 1e-10, None).t
         t = t.to(torch.float64)
         found = contact(problem, plain, fixed, t, *_maximum(problem.program, t))
     slope = along(network, found, own)

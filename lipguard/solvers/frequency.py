@@ -119,6 +119,8 @@ class FrequencyProgram:
         last = s.get((-1, -1))
         if last is None:
             raise SolverFailed("the output does not feel the input.")
+        if not bool(last.isfinite().all()):
+            raise SolverFailed("the multipliers overflow.")
         return max(float(torch.linalg.eigvalsh(last).max()), 0.0)
 
     def interior(self, tau: Tensor | None = None, margin: float = 1.0) -> tuple[Tensor, float]:

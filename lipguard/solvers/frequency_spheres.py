@@ -43,12 +43,11 @@ class FrequencySpheres:
 
     def random(self, rank: int) -> Tensor:
         """Vectors of so many entries, the same for every call; real where f = -f."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         parts = {}
         for k, shape in self.shapes.items():
-            part = torch.randn(*shape, rank, 1 if self.real[k] else 2, generator=generator, dtype=torch.float64).to(
-                self.counts[k]
-            )
+            part = torch.randn(*shape, rank, 1 if self.real[k] else 2, generator=generator, dtype=torch.float64, device="cpu")
+            part = part.to(self.counts[k])
             if not self.real[k]:
                 part[..., 1] *= self.counts[k] == 2
             parts[k] = part[..., 0] if self.real[k] else torch.view_as_complex(part)

@@ -210,9 +210,11 @@ class Climb:
             x = self.spheres.passes(x).aligned
         return x
 
-    def _value(self, x: Tensor) -> Passes:
-        found = self.spheres.passes(x)
-        self.dual, self.point = max(self.dual, math.exp(-found.value)), x
+    def _value(self, x: Tensor) -> Passes | None:
+        found, self.point = self.spheres.passes(x), x
+        if not (math.isfinite(found.value) and bool(found.gradient.isfinite().all())):
+            return None
+        self.dual = max(self.dual, math.exp(-found.value))
         return found
 
     def _over(self) -> bool:

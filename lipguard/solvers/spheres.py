@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lipguard.errors import SolverFailed
 from lipguard.solvers.slope_program import SlopeProgram
 
 FLAT = 1e-6
@@ -33,7 +34,6 @@ any large multiplier."""
 
 LEAST = 1e-30
 """Multiplier of a neuron that the output does not feel, relative to the largest entry of S in its layer."""
-
 
 LIGHTEST = 1e-9
 """Weight of a channel that nothing feels, relative to the mean."""
@@ -47,7 +47,7 @@ class Passes(NamedTuple):
     """One forward and one backward pass, as `lipguard.solvers.lbfgs` reads it.
 
     Attributes:
-        value: minus the logarithm of the dual value.
+        value: minus the logarithm of the dual value; not finite beyond the range of floating point.
         gradient: of `value` in x, flat.
         curvature: the size of its second derivatives along single coordinates, flat.
         aligned: the point whose vectors point along the derivative: a fixed point is stationary, flat.
@@ -92,8 +92,9 @@ class Spheres:
 
     def random(self, rank: int) -> Tensor:
         """Vectors of so many entries, the same for every call, on whatever device."""
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(self.program.order * rank, generator=generator, dtype=torch.float64).to(**self.program.options)  # type: ignore[arg-type]
+        generator = torch.Generator("cpu").manual_seed(0)
+        x = torch.randn(self.program.order * rank, generator=generator, dtype=torch.float64, device="cpu")
+        return x.to(self.root)
 
     def rank(self, x: Tensor) -> int:
         """Entries of a point's vectors."""
@@ -154,6 +155,8 @@ class Spheres:
         schur = program.eliminate(inside).schur
         if schur is None:
             return t, math.inf
+        if not bool(schur.isfinite().all()):
+            raise SolverFailed("the multipliers overflow.")
         if response.weights is None:
             return t, float(torch.linalg.eigvalsh(schur)[-1])
         weights = response.weights.clamp_min(LIGHTEST * float(response.weights.mean()))
