@@ -51,10 +51,10 @@ _HOMES = {
     "Robustness": "bounds.robustness",
     "Tracker": "bounds.tracker",
     "bound": "bounds",
-    "capture": "network.capture",
+    "capture": "capture",
     "certify": "bounds.robustness",
     "exact": "exact",
-    "lowers": "network.capture",
+    "lowers": "capture",
     "verify": "verify",
 }
 
@@ -70,10 +70,10 @@ if TYPE_CHECKING:
         LipschitzProjection,
         LipschitzRegularizer,
     )
+    from lipguard.capture.capture import capture, lowers
     from lipguard.certificate import Ball, Box, Certificate, Enclosure, Query
     from lipguard.exact import exact
     from lipguard.network import Network
-    from lipguard.network.capture import capture, lowers
     from lipguard.verify import verify
 
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lipguard.audit.encoding import from_plain, to_plain
+from lipguard.capture.capture import capture
+from lipguard.capture.selection import Outputs
 from lipguard.errors import NotCertified
 from lipguard.network import (
     Activation,
@@ -34,8 +36,7 @@ from lipguard.network import (
     operators,
     smooth,
 )
-from lipguard.network.capture import capture
-from lipguard.network.selection import Outputs
+from lipguard.programs.rewriting import slope_restricted
 
 __all__ = ["Recipe", "captured", "rebuild", "recipe_of"]
 
@@ -163,7 +164,7 @@ def _recipe(network: Network, watcher: _Watcher) -> Recipe:
         "digest": network.digest,
         "inputs": network.inputs,
         "outputs": network.outputs,
-        "neurons": network.neurons,
+        "neurons": slope_restricted(network).neurons,
         "nodes": nodes,
         "tensors": writer.steps,
     }

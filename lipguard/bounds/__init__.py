@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from lipguard import registry
 from lipguard.bounds.granularity import default_method
 from lipguard.bounds.local import Local
+from lipguard.capture.selection import Outputs
 from lipguard.certificate import Ball, Box, Certificate, Domain, Norm, Query, norm_pair
 from lipguard.errors import InvalidDomain
 from lipguard.network import Network
-from lipguard.network.selection import Outputs
 from lipguard.solvers.threads import one_thread
 
 __all__ = ["bound"]
@@ -174,6 +174,6 @@ def network_of(
     Raises:
         InvalidExample: a module is given without an example.
     """
-    from lipguard.network.capture import capture
+    from lipguard.capture.capture import capture
 
     return capture(model, example, submodule=submodule, outputs=outputs)

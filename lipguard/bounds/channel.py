@@ -18,9 +18,9 @@ from lipguard.bounds.spectral import Spectral
 from lipguard.certificate import Certificate, ChannelMultipliers, Query
 from lipguard.errors import NotCertified, SolverFailed, UnsupportedQuery
 from lipguard.network import Network
-from lipguard.network.torus import Layer, Torus
-from lipguard.network.torus_blocks import Blocks, blocks
-from lipguard.solvers.frequency import FrequencyProgram
+from lipguard.programs.frequency import FrequencyProgram
+from lipguard.programs.torus import Layer, Torus
+from lipguard.programs.torus_blocks import Blocks, blocks
 from lipguard.solvers.frequency_spheres import FrequencySpheres
 from lipguard.solvers.low_rank import Climb, LowRank, Start
 from lipguard.verify import verify
@@ -64,7 +64,7 @@ class Channel:
         tol: relative gap of the squared bound that is asked for, at least 1e-4.
         time_limit: seconds for the search, two minutes if None; the best multipliers found by then are proved.
 
-    Source: Fazlyab et al. 2019, arXiv:1906.04893, on the torus of `lipguard.network.torus`.
+    Source: Fazlyab et al. 2019, arXiv:1906.04893, on the torus of `lipguard.programs.torus`.
     """
 
     granularity: Literal["channel", "layer"] = "channel"

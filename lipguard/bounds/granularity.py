@@ -9,7 +9,7 @@ from lipguard.bounds.semidefinite import MEMORY, footprint
 from lipguard.bounds.weighted import cubes
 from lipguard.errors import UnsupportedQuery
 from lipguard.network import Affine, Conv, Network
-from lipguard.network.torus import Torus
+from lipguard.programs.torus import Torus
 from lipguard.verify.rewriting import elementwise
 
 _QUICK = 5e10

@@ -17,8 +17,8 @@ from lipguard.certificate import Certificate, Magnitudes, Query
 from lipguard.errors import UnsupportedQuery
 from lipguard.network import Activation, Affine, Coupled, Implicit, Input, Network, Sum
 from lipguard.verify import verify
-from lipguard.verify.implicit import propose_magnitude
-from lipguard.verify.magnitudes import coupled_magnitude
+from lipguard.verify.norms.implicit import propose_magnitude
+from lipguard.verify.norms.magnitudes import coupled_magnitude
 
 
 @dataclass(frozen=True)

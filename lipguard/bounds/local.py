@@ -16,15 +16,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lipguard.bounds.lipsdp import LipSDP, lipsdp
 from lipguard.bounds.semidefinite import Semidefinite, check_query, solved
 from lipguard.bounds.spectral import Spectral
 from lipguard.certificate import Certificate, Domain, LocalMultipliers, Query, Slopes
 from lipguard.errors import SolverFailed
-from lipguard.network import Feedback, Implicit, Network
+from lipguard.network import Implicit, Network
+from lipguard.programs.feedback import Feedback
+from lipguard.programs.lipsdp import LipSDP, lipsdp
+from lipguard.programs.rewriting import elementwise, slope_restricted
 from lipguard.solvers import batched
 from lipguard.verify import verify_local
-from lipguard.verify.localized import Localized, chunk_size, localize
+from lipguard.verify.domain.localized import Localized, chunk_size, localize
 
 BATCHED = 400
 """Order of a program up to which the batched method is used: beyond, the structured one is faster, one by one."""
@@ -80,14 +82,14 @@ class Local:
 
     def _proposals(self, network: Network, bare: list[Certificate], deadline: float) -> tuple[list[Certificate], float]:
         """Certificates with multipliers where a solver found some, and the widest slopes as a share of those on R^d."""
-        network = network.elementwise
-        n = network.neurons
+        network = elementwise(network)
+        n = slope_restricted(network).neurons
         result, share = list(bare), 0.0
         if n * (n + network.inputs) > _LARGEST:
             note = f"{n} neurons and {network.inputs} inputs are too many for the local program"
             return [replace(one, note=note) for one in bare], 1.0
         step = chunk_size(network)
-        alpha, beta = network.slopes()
+        alpha, beta = slope_restricted(network).slopes()
         everywhere = float((beta - alpha).sum())
         for start in range(0, len(bare), step):
             maps = localize(network, [c.domain for c in bare[start : start + step] if c.domain is not None])

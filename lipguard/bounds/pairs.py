@@ -13,9 +13,10 @@ from lipguard.bounds.semidefinite import Semidefinite
 from lipguard.bounds.spectral import Spectral
 from lipguard.certificate import Query
 from lipguard.network import Affine, Network
+from lipguard.programs.rewriting import slope_restricted
 from lipguard.rounding import gamma
-from lipguard.verify.local import least_bounds
-from lipguard.verify.localized import localized
+from lipguard.verify.domain.local import least_bounds
+from lipguard.verify.domain.localized import localized
 
 _MOST = 256
 """Pairs up to which each has its own semidefinite program; beyond, sqrt(2) times the constant of all outputs bounds each."""
@@ -40,7 +41,7 @@ def pair_bounds(network: Network, pairs: Tensor, method: str, deadline: float = 
         whole, _ = Semidefinite(tol=1e-4, time_limit=_left(deadline))(network, Query())
         return torch.full((len(pairs),), whole.value * math.sqrt(2) * (1 + 1e-15), dtype=torch.float64, device=network.device)
     rows = functionals(pairs, network.outputs)
-    if network.neurons <= BATCHED:
+    if slope_restricted(network).neurons <= BATCHED:
         maps = localized(network, None)
         maps = maps.pick(torch.zeros(len(pairs), dtype=torch.long, device=network.device)).functionals(rows[:, None])
         values = least_bounds(maps, *solve(maps, tol=1e-4, deadline=deadline))

@@ -11,10 +11,10 @@ import time
 import torch
 from torch import Tensor
 
+from lipguard.programs.slope_program import Proposal, SlopeProgram
 from lipguard.solvers.first_order import Smoothed, smoothed
 from lipguard.solvers.lbfgs import lbfgs
 from lipguard.solvers.low_rank import LowRank, Start
-from lipguard.solvers.slope_program import Proposal, SlopeProgram
 from lipguard.solvers.spheres import Spheres
 
 _SMOOTHING = 16.0

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from lipguard.bounds.counterexample import nearest_found
 from lipguard.bounds.local import BATCHED, solve
 from lipguard.bounds.pairs import functionals, pair_bounds
+from lipguard.capture.capture import capture
 from lipguard.certificate import Box
 from lipguard.errors import InvalidDomain, InvalidExample, UnknownName, UnsupportedQuery
 from lipguard.network import Implicit, Network
-from lipguard.network.capture import capture
+from lipguard.programs.rewriting import slope_restricted
 from lipguard.solvers.threads import one_thread
-from lipguard.verify.jacobians import jacobian_magnitude, magnitude_norms
-from lipguard.verify.localized import chunk_size, localized, proves
-from lipguard.verify.ranges import Propagation, Regions, propagate
+from lipguard.verify.domain.jacobians import jacobian_magnitude, magnitude_norms
+from lipguard.verify.domain.localized import chunk_size, localized, proves
+from lipguard.verify.domain.ranges import Propagation, Regions, propagate
 from lipguard.verify.rewriting import elementwise
 
 Method = Literal["local", "global", "spectral"]
@@ -203,7 +204,7 @@ def _first(task: _Task) -> Method | None:
     """The method of the constants on R^d: with "local" they save programs where many radii are sought."""
     if task.method != "local":
         return task.method
-    return None if not task.radii else "global" if task.network.neurons <= BATCHED else "spectral"
+    return None if not task.radii else "global" if slope_restricted(task.network).neurons <= BATCHED else "spectral"
 
 
 def _table(network: Network, samples: Tensor, classes: Tensor, method: Method | None, deadline: float) -> Tensor | None:

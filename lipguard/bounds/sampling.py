@@ -18,6 +18,7 @@ from torch import Tensor
 from lipguard.certificate import Certificate, Domain, Query, Witness
 from lipguard.errors import UnsupportedQuery
 from lipguard.network import Activation, Affine, Implicit, Input, Network, Sum
+from lipguard.programs.rewriting import elementwise
 from lipguard.verify import verify
 
 _LARGEST = 2**26
@@ -62,7 +63,7 @@ class Sampling:
             raise UnsupportedQuery(f"sampling evaluates Jacobian norms from 1, to inf, and (2, 2), not {query.norm}.")
         deadline = math.inf if self.time_limit is None else began + self.time_limit
         x, v = self._start(network, query.domain, state, _affordable(network, self.starts))
-        neurons = network.elementwise
+        neurons = elementwise(network)
         with torch.inference_mode(False), torch.enable_grad():
             x, v = _ascend(neurons, query, x, v, self.steps, deadline)
         with torch.no_grad():
@@ -179,7 +180,7 @@ def _forward(network: Network, x: Tensor, v: Tensor, window: float) -> tuple[Ten
                 low, high = phi.slope_range(z.detach(), z.detach())
                 true.append((low + high) / 2 * true[node.source])
             case Implicit():
-                z, phi = node(values[node.source]), node.function
+                z, phi = node.value(values[node.source]), node.function
                 p = node.operator(z) + values[node.source]
                 h = window * p.detach().abs().mean(1, keepdim=True).clamp_min(1e-12)
                 low, high = phi.slope_range(p.detach(), p.detach())

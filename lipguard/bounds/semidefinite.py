@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from lipguard import registry
-from lipguard.bounds.lipsdp import LipSDP, lipsdp
 from lipguard.bounds.spectral import Spectral
 from lipguard.certificate import Certificate, Multipliers, Query
 from lipguard.errors import NotCertified, SolverFailed, UnsupportedQuery
 from lipguard.network import Affine, Coupled, Network, Sum
-from lipguard.solvers.elimination import fill
-from lipguard.solvers.slope_program import Proposal, SlopeProgram
+from lipguard.programs.elimination import fill
+from lipguard.programs.feedback import feedback_of
+from lipguard.programs.lipsdp import LipSDP, lipsdp
+from lipguard.programs.rewriting import slope_restricted
+from lipguard.programs.slope_program import Proposal, SlopeProgram
 from lipguard.verify import verify
 
 Solver = Callable[[SlopeProgram, Tensor | None, float], Proposal]
@@ -94,7 +96,7 @@ class Semidefinite:
             options = Options(self.tied, self.solver, self.tol, self.time_limit)
             return weighted(network, query, options, self.name), None
         check_query(network, query, self.name)
-        problem = lipsdp(network.feedback(), self.tied)
+        problem = lipsdp(feedback_of(network), self.tied)
         program = problem.program
         if not program.sizes or not any(-1 in row for row in (*program.rows, program.out)):
             return Spectral()(network, query)
@@ -125,9 +127,10 @@ def check_query(network: Network, query: Query, name: str) -> None:
         raise UnsupportedQuery(f"{name} bounds the constant from 2-norm to 2-norm, not {query.norm}. Use method='spectral'.")
     size = footprint(network)
     if size.needed > MEMORY:
+        count = slope_restricted(network).neurons
         other = next(m for m in ("lipsdp-channel", "spectral") if m in registry.METHODS and m != name)
         raise UnsupportedQuery(
-            f"{name}: one multiplier a neuron takes about {size.needed / 1e9:.0f} GB for {network.neurons} neurons, "
+            f"{name}: one multiplier a neuron takes about {size.needed / 1e9:.0f} GB for {count} neurons, "
             f"{size.widest} of them and of the inputs in one front; {MEMORY / 1e9:.0f} GB are allowed. Use method={other!r}, "
             "or bound a submodule."
         )
@@ -179,7 +182,7 @@ class Footprint(NamedTuple):
 
 def footprint(network: Network) -> Footprint:
     """The size of a network's program, from the layers' sizes alone: nothing is allocated."""
-    network = network.slope_restricted
+    network = slope_restricted(network)
     position = {node: k for k, node in enumerate(network.activations)}
     size = {-1: network.inputs} | {k: network.sizes[i] for k, i in enumerate(network.activations)}
     sources: list[frozenset[int]] = []

@@ -12,7 +12,7 @@ from lipguard.certificate import Certificate, Factors, Query
 from lipguard.errors import UnsupportedQuery
 from lipguard.network import Affine, Conv, Index, Network, Operator
 from lipguard.verify import verify
-from lipguard.verify.factors import LARGEST_UNROLLED
+from lipguard.verify.norms.factors import LARGEST_UNROLLED
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from lipguard import registry
 from lipguard.bounds import LOCAL, network_of
 from lipguard.bounds.channel import WarmChannels
 from lipguard.bounds.granularity import elimination
-from lipguard.bounds.lipsdp import lipsdp
 from lipguard.bounds.local import Local
 from lipguard.bounds.refine import climb, refine
 from lipguard.bounds.sampling import Points, Sampling
@@ -32,9 +31,12 @@ from lipguard.bounds.weighted import cubes
 from lipguard.certificate import Certificate, Domain, Factors, Norm, Query, norm_pair
 from lipguard.errors import Contradiction, LipguardError, SolverFailed
 from lipguard.network import Affine, Conv, Network, Operator
+from lipguard.programs.feedback import feedback_of
+from lipguard.programs.lipsdp import lipsdp
+from lipguard.programs.rewriting import slope_restricted
 from lipguard.solvers.low_rank import Start
 from lipguard.solvers.threads import one_thread
-from lipguard.verify.factors import LARGEST_UNROLLED
+from lipguard.verify.norms.factors import LARGEST_UNROLLED
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +64,7 @@ class Measurement:
         """Verified norm of every affine layer, by name."""
         evidence = self.spectral.evidence
         assert isinstance(evidence, Factors)
-        from lipguard.verify.factors import prove_norm
+        from lipguard.verify.norms.factors import prove_norm
 
         p = self.upper.norm[0]
         nodes = {i: n for i, n in enumerate(self.network.nodes) if isinstance(n, Affine)}
@@ -139,7 +141,7 @@ class Tracker:
         spent = time.perf_counter() - began
         left = None if seconds is None else max(seconds - spent - self._reserve, 0.0)
         upper = self._upper(network, left, max(floor - spent - self._reserve, 0.0))
-        if self.domain is not None and network.neurons <= _LARGEST_LOCAL:
+        if self.domain is not None and slope_restricted(network).neurons <= _LARGEST_LOCAL:
             # The multipliers carried on are those of all of R^d; on a domain the slopes are fewer.
             name = self._name if self._name in LOCAL and self._query.norm == (2.0, 2.0) else "spectral"
             (local,) = Local(name, tol=self.tol)(network, self._query, [self.domain])
@@ -151,7 +153,7 @@ class Tracker:
         chosen = (
             ""
             if self.method or self._name == "lipsdp-neuron" or self._query.norm != (2.0, 2.0)
-            else _SAID.format(method=self._name, neurons=network.neurons)
+            else _SAID.format(method=self._name, neurons=slope_restricted(network).neurons)
         )
         note = "; ".join(n for n in (chosen, upper.note, lower.note) if n)
         self.last = Measurement(upper, lower, time.perf_counter() - began, network, note)
@@ -169,7 +171,7 @@ class Tracker:
             return certificate
         check_query(network, self._query, self._name)
         tied = self._name == "lipsdp-layer"
-        problem = lipsdp(network.feedback(), tied)
+        problem = lipsdp(feedback_of(network), tied)
         program = problem.program
         if not program.sizes or not any(-1 in row for row in (*program.rows, program.out)):
             return Spectral()(network, self._query)[0]
@@ -266,7 +268,7 @@ def affordable(network: Network, norm: tuple[float, float] = (2.0, 2.0)) -> str:
     if norm != (2.0, 2.0):
         return "lipsdp-neuron" if cubes(network, norm) <= _LARGEST_WEIGHTED else "spectral"
     convolutions = [n.operator for n in network.nodes if isinstance(n, Affine) and isinstance(n.operator, Conv)]
-    if network.neurons <= (_LARGEST_CONVOLUTIONAL if convolutions else _LARGEST_MEASURED):
+    if slope_restricted(network).neurons <= (_LARGEST_CONVOLUTIONAL if convolutions else _LARGEST_MEASURED):
         return "lipsdp-neuron"
     if convolutions and elimination(network) <= _LARGEST_ELIMINATION:
         return "lipsdp-channel"

@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from lipguard.bounds.implicit import Contraction
-from lipguard.bounds.lipsdp import LipSDP, lipsdp
 from lipguard.bounds.spectral import Spectral
 from lipguard.certificate import Certificate, Part, Query, WeightedMultipliers
 from lipguard.errors import NotCertified, SolverFailed, UnsupportedQuery
-from lipguard.network import Feedback, Network
-from lipguard.solvers.slope_program import Proposal
+from lipguard.network import Network
+from lipguard.programs.feedback import Feedback, feedback_of
+from lipguard.programs.lipsdp import LipSDP, lipsdp
+from lipguard.programs.rewriting import slope_restricted
+from lipguard.programs.slope_program import Proposal
 from lipguard.verify import verify
-from lipguard.verify.weighted import NORMS, check_part, parts_of
+from lipguard.verify.lmi.weighted import NORMS, check_part, parts_of
 
 _LARGEST = 3000
 """Order of the matrix inequality beyond which no weighted program is tried: minutes for every output."""
@@ -78,7 +80,7 @@ def weighted(network: Network, query: Query, options: Options, name: str) -> Cer
             "Use method='spectral', or outputs=... and a smaller submodule."
         )
     product = _product(network, query)
-    fb, count = network.feedback(), parts_of(network, norm)
+    fb, count = feedback_of(network), parts_of(network, norm)
     if product.value == 0 or not fb.sizes:
         return product
     free: Literal["inputs", "outputs"] | None = "inputs" if norm[0] == math.inf else "outputs" if norm[1] == 1 else None
@@ -116,7 +118,7 @@ def weighted(network: Network, query: Query, options: Options, name: str) -> Cer
 
 def _order(network: Network, norm: tuple[float, float]) -> int:
     channels = network.inputs if norm[0] == math.inf else network.outputs if norm[1] == 1 else 1
-    return network.slope_restricted.neurons + channels
+    return slope_restricted(network).neurons + channels
 
 
 def _product(network: Network, query: Query) -> Certificate:

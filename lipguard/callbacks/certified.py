@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lipguard.bounds.robustness import Method, certify
 from lipguard.callbacks.base import Callback
+from lipguard.capture.capture import capture
 from lipguard.certificate import Box
 from lipguard.errors import InvalidDomain, InvalidExample, UnknownName, UnsupportedQuery
-from lipguard.network.capture import capture
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from lipguard.bounds import network_of
 from lipguard.bounds.spectral import Spectral
+from lipguard.capture.selection import Outputs
 from lipguard.certificate import Domain, Enclosure, Norm, Query, norm_pair
 from lipguard.errors import UnknownName
 from lipguard.exact.problem import problem
 from lipguard.network import Activation, Network
 from lipguard.network.activations import PiecewiseLinear
-from lipguard.network.selection import Outputs
+from lipguard.programs.rewriting import elementwise
 
 __all__ = ["METHODS", "exact"]
 
@@ -115,7 +116,7 @@ def _not_above_product(network: Network, query: Query, enclosure: Enclosure, gap
 
 def choose(network: Network, query: Query) -> tuple[str, str]:
     """The method `auto` takes for a query, and a sentence that says why: branch and bound wherever it answers."""
-    size = f"{network.inputs} inputs, {network.elementwise.neurons} neurons"
+    size = f"{network.inputs} inputs, {elementwise(network).neurons} neurons"
     p, q = query.norm
     if query.norm != (2.0, 2.0) and p != 1 and q != math.inf:
         refusal = f"branch and bound has no bound for norm ({p:g}, {q:g})"
@@ -155,7 +156,7 @@ def _refusal(network: Network, query: Query) -> str | None:
     ]
     if any(bool((at != 0).any()) for at in breaks):
         return "on all of R^d branch and bound needs break points at 0"
-    n, d = network.elementwise.neurons, network.inputs
+    n, d = elementwise(network).neurons, network.inputs
     if (2 * d + 1) * n * (n + d) > _ENTRIES:
         return f"on all of R^d branch and bound would start with {2 * d + 1} parts of {n} neurons each"
     return None

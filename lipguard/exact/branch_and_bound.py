@@ -34,10 +34,10 @@ from lipguard.exact.sides import Decided, decide
 from lipguard.network import Network
 from lipguard.solvers.threads import one_thread
 from lipguard.verify import verify
-from lipguard.verify.partition import semidefinite
-from lipguard.verify.phase_form import PhaseForm, phase_form
-from lipguard.verify.phases import Ranges, propagate, refutes
-from lipguard.verify.substitution import Reduced, reduce
+from lipguard.verify.phases.partition import semidefinite
+from lipguard.verify.phases.phase_form import PhaseForm, phase_form
+from lipguard.verify.phases.phases import Ranges, propagate, refutes
+from lipguard.verify.phases.substitution import Reduced, reduce
 
 _LOGGER = logging.getLogger("lipguard.exact")
 _BATCH_SECONDS = 0.5

@@ -22,7 +22,7 @@ from lipguard.certificate import Ball
 from lipguard.exact.piecewise import Matrix, Pattern
 from lipguard.exact.preactivation import Bounds, corners, value
 from lipguard.exact.problem import Incumbent, Problem
-from lipguard.solvers.program import EuclideanBall, Indices, MixedIntegerProgram
+from lipguard.programs.mixed_integer import EuclideanBall, Indices, MixedIntegerProgram
 
 Region = Literal["closed", "strict"]
 

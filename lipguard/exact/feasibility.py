@@ -10,9 +10,9 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from lipguard.solvers import highs
-from lipguard.verify.phase_form import PhaseForm
-from lipguard.verify.phases import Lines, Ranges, piece_ends
-from lipguard.verify.substitution import Reduced
+from lipguard.verify.phases.phase_form import PhaseForm
+from lipguard.verify.phases.phases import Lines, Ranges, piece_ends
+from lipguard.verify.phases.substitution import Reduced
 
 MARGIN = 1e-9
 """Distance by which demands must fail before they count as refuted."""
@@ -28,7 +28,7 @@ class Feasibility:
     Attributes:
         point: the input of its solution, (d,).
         margin: the largest margin by which all demands can be met together, as a distance; negative if they cannot.
-        farkas: multipliers that refute the phases, as `lipguard.verify.phases.refutes` reads them; None if feasible.
+        farkas: multipliers that refute the phases, as `lipguard.verify.phases.phases.refutes` reads them; None if feasible.
     """
 
     point: np.ndarray

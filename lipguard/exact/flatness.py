@@ -1,4 +1,4 @@
-"""Which demands leave a region no interior? A linear program proposes weights; `lipguard.verify.flat` decides."""
+"""Which demands leave a region no interior? A linear program proposes weights; `lipguard.verify.phases.flat` decides."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from lipguard.solvers import highs
-from lipguard.verify.flat import is_flat
-from lipguard.verify.phase_form import PhaseForm
-from lipguard.verify.phases import Ranges, piece_ends
-from lipguard.verify.substitution import Reduced
+from lipguard.verify.phases.flat import is_flat
+from lipguard.verify.phases.phase_form import PhaseForm
+from lipguard.verify.phases.phases import Ranges, piece_ends
+from lipguard.verify.phases.substitution import Reduced
 
 THIN = 1e-9
 """A region whose demands can be met together with no more margin than this may have no interior."""
@@ -19,7 +19,7 @@ _NOISE = 1e-9
 
 
 def flat_weights(form: PhaseForm, ranges: Ranges, reduced: Reduced, k: int, part: int) -> Tensor | None:
-    """Weights that prove that region k has no interior, as `lipguard.verify.flat.is_flat` reads them; None if none are found.
+    """Weights that prove that region k has no interior, read by `verify.phases.flat.is_flat`; None if none are found.
 
     The program maximises the least distance of an input of the domain from the demands that no free neuron enters.
     """

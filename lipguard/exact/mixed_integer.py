@@ -16,7 +16,7 @@ from lipguard.exact.encoding import Encoding
 from lipguard.exact.preactivation import Bounds, bounds
 from lipguard.exact.problem import Problem, problem
 from lipguard.network import Network
-from lipguard.solvers.program import MixedIntegerProgram, MixedIntegerResult, MixedIntegerSolver
+from lipguard.programs.mixed_integer import MixedIntegerProgram, MixedIntegerResult, MixedIntegerSolver
 
 _LOGGER = logging.getLogger("lipguard.exact")
 

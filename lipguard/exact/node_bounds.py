@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lipguard.solvers import batched
-from lipguard.verify.partition import interval_norms
-from lipguard.verify.phase_form import PhaseForm
-from lipguard.verify.phases import Ranges
-from lipguard.verify.substitution import Reduced, compact
+from lipguard.verify.phases.partition import interval_norms
+from lipguard.verify.phases.phase_form import PhaseForm
+from lipguard.verify.phases.phases import Ranges
+from lipguard.verify.phases.substitution import Reduced, compact
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from torch import Tensor
 from lipguard.errors import UnsupportedQuery
 from lipguard.network import Activation, Affine, Implicit, Input, Network, Sum
 from lipguard.network.activations import PiecewiseLinear
+from lipguard.programs.feedback import feedback_of
+from lipguard.programs.rewriting import elementwise
 
 Matrix = NDArray[np.float64]
 Pattern = NDArray[np.intp]
@@ -140,7 +142,7 @@ def piecewise_form(network: Network) -> PiecewiseForm:
     Raises:
         UnsupportedQuery: an activation is not piecewise linear.
     """
-    network = network.elementwise
+    network = elementwise(network)
     neurons: list[Neuron] = []
     for i in network.activations:
         node = network.nodes[i]
@@ -156,7 +158,7 @@ def piecewise_form(network: Network) -> PiecewiseForm:
                 f"regions to search. lipguard.bound gives verified upper bounds for it: methods 'lipsdp-neuron', 'spectral'."
             )
         neurons += _neurons(node.function, network.sizes[i])
-    feedback = network.feedback()
+    feedback = feedback_of(network)
     a, b, c, d = (m.detach().to("cpu", torch.float64).numpy() for m in feedback.dense())
     return PiecewiseForm(a, b, _offsets(network), c, d, feedback.slices, tuple(neurons))
 

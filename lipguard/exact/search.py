@@ -15,7 +15,7 @@ from torch import Tensor
 from lipguard.certificate import Leaf
 from lipguard.exact.node_bounds import Effort
 from lipguard.exact.problem import Problem
-from lipguard.verify.phase_form import PhaseForm
+from lipguard.verify.phases.phase_form import PhaseForm
 
 BATCH = 64
 """Nodes that are branched at once."""

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lipguard.certificate import Leaf
 from lipguard.exact.linear import signs
-from lipguard.verify.phase_form import PhaseForm
-from lipguard.verify.phases import Lines, Ranges, piece_ends, propagate, refutes
-from lipguard.verify.substitution import Reduced, reduce
+from lipguard.verify.phases.phase_form import PhaseForm
+from lipguard.verify.phases.phases import Lines, Ranges, piece_ends, propagate, refutes
+from lipguard.verify.phases.substitution import Reduced, reduce
 
 _ENTRIES = 4e6
 """Entries of the programs' matrices that are held at once."""

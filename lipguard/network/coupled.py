@@ -1,12 +1,13 @@
 """Functions of groups of entries: maxima over windows, sorting, reflections; each with its norms.
 
-None of them has a slope interval entry by entry. `network.rewriting` says how each is made of affine maps and |.|.
+None of them has a slope interval entry by entry. `lipguard.programs.rewriting` says how each is made of affine maps and |.|.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,11 @@ class Coupling(ABC):
     @abstractmethod
     def norm(self, p: float) -> float:
         """Upper bound of the Lipschitz constant from p-norm to p-norm, p = 1, 2 or inf."""
+
+    @property
+    def tied(self) -> bool:
+        """Whether its entries are neurons of which only each group's sum of squares is known not to grow."""
+        return False
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What defines the function, for the digest."""
@@ -109,6 +115,11 @@ class Sort(Coupling):
         ordered = z[..., self.index].sort(-1, descending=True).values
         return ordered.flatten(-2)[..., self.index.flatten().argsort()]
 
+    @property
+    def tied(self) -> bool:
+        """Where the means are split off: an ordinary sort moves its groups' means, of which a neuron knows nothing."""
+        return self.centred
+
     def norm(self, p: float) -> float:
         """1 for every p: Jacobians are permutations."""
         del p
@@ -167,3 +178,17 @@ def _partition(index: Tensor) -> None:
     places = index.flatten().sort().values
     if index.ndim != 2 or not torch.equal(places, torch.arange(index.numel(), device=index.device)):
         raise ValueError("the groups do not contain every entry once.")
+
+
+def comparators(size: int) -> Iterator[tuple[tuple[int, int], ...]]:
+    """Layers of comparators (i, j), i < j, the larger to i, that sort `size` entries: Knuth's merge exchange (5.2.2 M)."""
+    top = 1 << max((size - 1).bit_length() - 1, 0)
+    p = top
+    while p > 0:
+        q, r, d = top, 0, p
+        while True:
+            yield tuple((i, i + d) for i in range(size - d) if i & p == r)
+            if q == p:
+                break
+            d, q, r = q - p, q // 2, p
+        p //= 2

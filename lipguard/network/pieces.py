@@ -6,12 +6,11 @@ import itertools
 from collections.abc import Sequence
 
 from lipguard.network import Input, Network
-from lipguard.network.graph import moved, sources
 
 
 def separators(network: Network) -> tuple[int, ...]:
     """Nodes through which everything behind them sees everything before them, the input and the output left out."""
-    earliest = [min(sources(node), default=0) for node in network.nodes]
+    earliest = [min(node.sources, default=0) for node in network.nodes]
     found, least = [], len(network.nodes)
     for i in range(len(network.nodes) - 2, 0, -1):
         least = min(least, earliest[i + 1])
@@ -34,6 +33,6 @@ def pieces(network: Network, cuts: Sequence[int]) -> tuple[Network, ...]:
     for start, stop in itertools.pairwise(ends):
         first = network.nodes[0] if start == 0 else Input(network.sizes[start])
         found.append(
-            Network((first, *(moved(node, lambda s, start=start: s - start) for node in network.nodes[start + 1 : stop + 1])))
+            Network((first, *(node.moved(lambda s, start=start: s - start) for node in network.nodes[start + 1 : stop + 1])))
         )
     return tuple(found)

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lipguard.network.capture import lowers
-from lipguard.network.rules.coupled import group_sort, householder, maxmin
-from lipguard.network.trace import Trace, Value
+from lipguard.capture.capture import lowers
+from lipguard.capture.rules.coupled import group_sort, householder, maxmin
+from lipguard.capture.trace import Trace, Value
 
 __all__ = ["GroupSort", "Householder", "MaxMin"]
 

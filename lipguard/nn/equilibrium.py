@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lipguard.capture.rules.registry import lowers
+from lipguard.capture.trace import Trace, Value
 from lipguard.errors import InvalidExample, InvalidModel
 from lipguard.network.operators import Dense
-from lipguard.network.rules import lowers
-from lipguard.network.trace import Trace, Value
 from lipguard.nn.fixed_point import Averaging, Budget, Method, Report, Splitting, activation, fixed_point
 
 __all__ = ["ContractiveEquilibrium", "LipschitzEquilibrium"]

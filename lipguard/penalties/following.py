@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from lipguard.errors import SolverFailed
+from lipguard.programs.slope_program import SlopeProgram
 from lipguard.solvers.first_order import Smoothed, derivatives, smoothed
 from lipguard.solvers.lbfgs import lbfgs
-from lipguard.solvers.slope_program import SlopeProgram
 
 SMOOTHING = 16.0
 """Schatten norm of the refinements' objective."""

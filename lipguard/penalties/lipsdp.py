@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipguard.bounds.lipsdp import LipSDP as Problem
-from lipguard.bounds.lipsdp import lipsdp as problem_of
 from lipguard.bounds.semidefinite import LARGEST_DENSE, certify, check_query, propose
 from lipguard.bounds.spectral import Spectral
 from lipguard.certificate import Certificate, Query
@@ -26,8 +24,12 @@ from lipguard.network import Affine, Dense, Network
 from lipguard.penalties.base import Penalty
 from lipguard.penalties.following import START, Followed, carried, effort, refined
 from lipguard.penalties.live import detached, linear_parts
+from lipguard.programs.feedback import feedback_of
+from lipguard.programs.lipsdp import LipSDP as Problem
+from lipguard.programs.lipsdp import lipsdp as problem_of
+from lipguard.programs.rewriting import slope_restricted
+from lipguard.programs.slope_program import Proposal, SlopeProgram
 from lipguard.solvers.first_order import Smoothed
-from lipguard.solvers.slope_program import Proposal, SlopeProgram
 from lipguard.solvers.threads import one_thread
 
 _SINGLE = 256
@@ -146,7 +148,7 @@ def lipsdp(network: Network, t: Tensor | None = None, slopes: Slopes | None = No
 
     Args:
         network: with its weights in the autograd graph (`capture(..., live=True)`).
-        t: multipliers of the program of this network (`lipguard.bounds.lipsdp`), (n,), inside the cone; None solves for
+        t: multipliers of the program of this network (`lipguard.programs.lipsdp`), (n,), inside the cone; None solves for
             the optimal ones, at which the derivative is that of the optimal bound.
         slopes: (alpha, beta), each (n,), instead of the global ones: for a bound on a domain.
     Returns:
@@ -157,11 +159,11 @@ def lipsdp(network: Network, t: Tensor | None = None, slopes: Slopes | None = No
     Source: Fazlyab et al. 2019, arXiv:1906.04893, Theorem 2; the recursion and its derivative are ours.
     """
     check(network)
-    own = network.slopes() if slopes is None else slopes
+    own = slope_restricted(network).slopes() if slopes is None else slopes
     with torch.no_grad():
         plain = detached(network)
         fixed = own[0].detach(), own[1].detach()
-        problem = problem_of(plain.feedback(fixed))
+        problem = problem_of(feedback_of(plain, fixed))
         if t is None:
             # The derivative is that of the optimal bound only as far as t is optimal.
             name = "interior-point" if problem.program.order <= LARGEST_DENSE else "low-rank"
@@ -258,7 +260,7 @@ class LipSDP(Penalty):
         """Logarithm of the bound; `inputs` and `labels` are not read."""
         network = self.network(native=True)
         slopes = self._slopes(network)
-        every = self.every or _EVERY[network.neurons > _SINGLE]
+        every = self.every or _EVERY[slope_restricted(network).neurons > _SINGLE]
         self.fresh = self._contact is None or self.calls % every == 0
         if self.fresh:
             self._contact = None  # should this fail, the next call tries again
@@ -280,7 +282,7 @@ class LipSDP(Penalty):
         with one_thread(), torch.no_grad():
             network, query = detached(self.network()), Query((2.0, 2.0), None)
             check(network)
-            problem = problem_of(network.feedback())
+            problem = problem_of(feedback_of(network))
             if not problem.program.sizes or not any(-1 in row for row in (*problem.program.rows, problem.program.out)):
                 return Spectral()(network, query)[0]
             program = problem.program.to(self._precision(network))
@@ -297,7 +299,7 @@ class LipSDP(Penalty):
             return certify(network, query, problem, proposal, "lipsdp-neuron", notes)
 
     def _slopes(self, network: Network) -> Slopes:
-        return network.slopes()
+        return slope_restricted(network).slopes()
 
     def _factorise(self, network: Network, slopes: Slopes) -> Contact:
         with torch.no_grad():
@@ -309,7 +311,7 @@ class LipSDP(Penalty):
                 dense = all(isinstance(n.operator, Dense) for n in network.nodes if isinstance(n, Affine))
                 plain = detached(network, dtype if dense else torch.float64)
                 fixed = slopes[0].detach(), slopes[1].detach()
-                problem = problem_of(plain.feedback((fixed[0].to(dtype), fixed[1].to(dtype)) if dense else fixed))
+                problem = problem_of(feedback_of(plain, (fixed[0].to(dtype), fixed[1].to(dtype)) if dense else fixed))
                 problem = replace(problem, program=problem.program.to(dtype))
                 program = problem.program
                 try:
@@ -328,7 +330,7 @@ class LipSDP(Penalty):
         raise SolverFailed(f"the lipsdp penalty has no value at these weights: {reason or 'no multipliers lie in the cone.'}")
 
     def _precision(self, network: Network) -> torch.dtype:
-        return self.dtype or (torch.float32 if network.neurons > _SINGLE else torch.float64)
+        return self.dtype or (torch.float32 if slope_restricted(network).neurons > _SINGLE else torch.float64)
 
     def _step(self, found: Smoothed) -> Tensor:
         """The step that follows a factorisation, coordinate by coordinate shorter where the last one went too far."""

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from lipguard.capture.capture import capture
 from lipguard.errors import UnsupportedQuery
 from lipguard.network import Activation, Affine, Conv, Dense, Diagonal, Input, Network, Node, Operator, Sum
-from lipguard.network.capture import capture
 
 
 class LiveNetwork:

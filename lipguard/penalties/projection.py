@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lipguard.bounds.spectral import layer_norm
+from lipguard.capture.capture import capture
 from lipguard.errors import InvalidExample, LipguardError, UnsupportedLayer
 from lipguard.network import Affine, Conv, Dense, Diagonal, Operator
-from lipguard.network.capture import capture
 
 _EXACT = 4_000_000
 """Entries of a layer's matrix up to which its norm is computed in full; beyond, by subspace iteration that is carried on."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lipguard.errors import SolverFailed, SolverUnavailable
-from lipguard.solvers.elimination import fill
-from lipguard.solvers.slope_program import Proposal, SlopeProgram
+from lipguard.programs.elimination import fill
+from lipguard.programs.slope_program import Proposal, SlopeProgram
 from lipguard.solvers.threads import limited_threads
 
 

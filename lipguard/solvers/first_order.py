@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from lipguard.errors import SolverFailed
-from lipguard.solvers.elimination import Elimination
+from lipguard.programs.elimination import Elimination
+from lipguard.programs.slope_program import Proposal, SlopeProgram
 from lipguard.solvers.lbfgs import inverse, lbfgs
 from lipguard.solvers.relative import Relative, relative, to_relative
-from lipguard.solvers.slope_program import Proposal, SlopeProgram
 
 _STAGES = (64.0, 256.0, 1024.0)
 

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from lipguard.solvers.frequency import Blocks, FrequencyProgram
+from lipguard.programs.frequency import Blocks, FrequencyProgram
 from lipguard.solvers.spheres import FLAT, LEAST, RENEWED, WIDENED, Passes, Response
 
 Parts = dict[int, Tensor]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lipguard.errors import SolverFailed, SolverUnavailable
-from lipguard.solvers.program import MixedIntegerProgram, MixedIntegerResult, ResultStatus, Vector
+from lipguard.programs.mixed_integer import MixedIntegerProgram, MixedIntegerResult, ResultStatus, Vector
 
 NAME = "highs"
 _LOGGER = logging.getLogger("lipguard.solvers.highs")

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lipguard.errors import SolverFailed
-from lipguard.solvers.slope_program import Proposal, SlopeProgram
+from lipguard.programs.slope_program import Proposal, SlopeProgram
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from lipguard.errors import SolverFailed
+from lipguard.programs.slope_program import Proposal, SlopeProgram
 from lipguard.solvers.lbfgs import lbfgs
-from lipguard.solvers.slope_program import Proposal, SlopeProgram
 from lipguard.solvers.spheres import Passes, Response, Spheres
 
 _ALIGNED, _AGAIN = 10, 3

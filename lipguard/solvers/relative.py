@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from lipguard.errors import SolverFailed
-from lipguard.solvers.elimination import Elimination
-from lipguard.solvers.slope_program import SlopeProgram
+from lipguard.programs.elimination import Elimination
+from lipguard.programs.slope_program import SlopeProgram
 
 _MEAN = 1e-3
 """Part of the mean in s_j: a neuron that nothing feels keeps a positive multiplier."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lipguard.errors import SolverFailed, SolverUnavailable
-from lipguard.solvers.program import MixedIntegerProgram, MixedIntegerResult, ResultStatus
+from lipguard.programs.mixed_integer import MixedIntegerProgram, MixedIntegerResult, ResultStatus
 
 NAME = "scip"
 _LOGGER = logging.getLogger("lipguard.solvers.scip")

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lipguard.errors import SolverFailed
-from lipguard.solvers.slope_program import SlopeProgram
+from lipguard.programs.slope_program import SlopeProgram
 
 FLAT = 1e-6
 """Radius, relative to the root mean square of its layer, that stands for smaller ones: a neuron that feels nothing may have

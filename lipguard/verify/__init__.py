@@ -26,15 +26,15 @@ from lipguard.certificate import (
 )
 from lipguard.errors import NotCertified
 from lipguard.network import Network
-from lipguard.verify.channel import check_channels
-from lipguard.verify.factors import check_factors
-from lipguard.verify.local import check_local_multipliers, check_slopes
-from lipguard.verify.magnitudes import check_magnitudes
-from lipguard.verify.multipliers import check_multipliers
-from lipguard.verify.partition import check_partition
-from lipguard.verify.split import check_product
-from lipguard.verify.weighted import check_weighted
-from lipguard.verify.witness import check_witness
+from lipguard.verify.domain.local import check_local_multipliers, check_slopes
+from lipguard.verify.lmi.multipliers import check_multipliers
+from lipguard.verify.lmi.split import check_product
+from lipguard.verify.lmi.weighted import check_weighted
+from lipguard.verify.norms.factors import check_factors
+from lipguard.verify.norms.magnitudes import check_magnitudes
+from lipguard.verify.phases.partition import check_partition
+from lipguard.verify.point.witness import check_witness
+from lipguard.verify.torus.channel import check_channels
 
 __all__ = ["verify", "verify_local"]
 

@@ -22,8 +22,7 @@ from torch import Tensor
 from lipguard.errors import NotCertified, UnsupportedQuery
 from lipguard.network import Activation, Affine, Coupled, Diagonal, Implicit, Index, Input, Network, Node, Operator, Sum
 from lipguard.network.activations import PiecewiseLinear
-from lipguard.network.coupled import Maxima, Reflection, Sort
-from lipguard.network.rewriting import comparators
+from lipguard.network.coupled import Maxima, Reflection, Sort, comparators
 
 _LARGEST_SORTED = 16
 """Entries up to which comparators are proved to sort: by all inputs of zeros and ones."""

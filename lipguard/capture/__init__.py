@@ -1,0 +1,7 @@
+"""The reader: nn.Module -> Network, by running the module's forward once and lowering every call."""
+
+from __future__ import annotations
+
+from lipguard.capture.capture import capture, lowers
+
+__all__ = ["capture", "lowers"]

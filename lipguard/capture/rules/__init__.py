@@ -1,0 +1,1 @@
+"""Lowering rules, one small file per layer family; `registry` finds them."""

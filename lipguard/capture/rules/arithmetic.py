@@ -1,0 +1,93 @@
+"""Sums, differences, and products with constants."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lipguard.capture.rules.rearrange import broadcast
+from lipguard.capture.rules.registry import lowers
+from lipguard.capture.trace import Trace, Value
+from lipguard.network.operators import Diagonal
+
+Operand = Value | Tensor | float | int
+
+PRODUCT = (
+    "multiplies two values that both depend on the input: a quadratic map has no global Lipschitz constant. Where the factors "
+    "stay within |a| <= A and |b| <= B, the product rule gives B Lip(a) + A Lip(b): bound both factors with submodule=..., or "
+    "hold one of them constant."
+)
+
+
+@lowers("add")
+def add(trace: Trace, input: Operand, other: Operand, *, alpha: float = 1) -> int:
+    """input + alpha other."""
+    if not isinstance(other, Value):
+        assert isinstance(input, Value)
+        return _shifted(trace, input, other, alpha)
+    right = trace.value(scaled(trace, other, alpha), other.tensor)
+    if not isinstance(input, Value):
+        return _shifted(trace, right, input, 1)
+    shape = torch.broadcast_shapes(input.tensor.shape, right.tensor.shape)
+    return trace.sum(broadcast(trace, input, shape), broadcast(trace, right, shape))
+
+
+@lowers("sub")
+def sub(trace: Trace, input: Operand, other: Operand, *, alpha: float = 1) -> int:
+    """input - alpha other."""
+    return add(trace, input, other, alpha=-alpha)
+
+
+@lowers("rsub")
+def rsub(trace: Trace, input: Operand, other: Operand, *, alpha: float = 1) -> int:
+    """other - alpha input."""
+    return add(trace, other, input, alpha=-alpha)
+
+
+@lowers("neg")
+def neg(trace: Trace, input: Value) -> int:
+    """-input."""
+    return scaled(trace, input, -1)
+
+
+@lowers("mul")
+def mul(trace: Trace, input: Operand, other: Operand) -> int:
+    """A product with a constant: a number, or one for each feature."""
+    if isinstance(input, Value) and isinstance(other, Value):
+        trace.refuse(PRODUCT)
+    value, constant = (input, other) if isinstance(input, Value) else (other, input)
+    assert isinstance(value, Value) and not isinstance(constant, Value)
+    return scaled(trace, value, constant)
+
+
+@lowers("div")
+def div(trace: Trace, input: Operand, other: Operand, *, rounding_mode: str | None = None) -> int:
+    """A quotient by a constant."""
+    if rounding_mode is not None:
+        trace.refuse("rounds a quotient: a step function has no Lipschitz constant.")
+    if isinstance(other, Value) or not isinstance(input, Value):
+        return rdiv(trace, input, other)
+    if isinstance(other, Tensor):
+        return scaled(trace, input, 1 / trace.constant(other, "divisor"))
+    return scaled(trace, input, 1 / other if other else torch.inf)
+
+
+@lowers("rdiv", "reciprocal")
+def rdiv(trace: Trace, *_: object) -> int:
+    """A quotient by a value."""
+    trace.refuse("divides by a value that depends on the input: its slope has no bound near zero.")
+
+
+def scaled(trace: Trace, x: Value, factor: Tensor | float | int) -> int:
+    """factor x; no node for the factor 1."""
+    if not isinstance(factor, Tensor) and factor == 1:
+        return x.node
+    return trace.affine(x, Diagonal(trace.per_feature(factor, x), x.size))
+
+
+def _shifted(trace: Trace, x: Value, constant: Tensor | float | int, factor: float) -> int:
+    if not isinstance(constant, Tensor) and constant * factor == 0:
+        return x.node
+    shift = trace.per_feature(constant, x) * factor
+    one = torch.ones((), dtype=torch.float64, device=shift.device)
+    return trace.affine(x, Diagonal(one, x.size), shift.expand(x.size))

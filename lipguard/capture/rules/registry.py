@@ -1,0 +1,99 @@
+"""Lowering rules by the name of the torch function they lower; one small file per family.
+
+A rule is `rule(trace, *args, **kwargs) -> int`, called with the call's own arguments, every tensor that depends on the
+input replaced by a `Value`; it emits nodes through the `Trace` and returns the index of the node that holds the result,
+or a tuple of them for a call that returns several tensors.
+A rule for a class of modules also gets the module: `rule(trace, module, *args, **kwargs)`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from functools import cache
+from typing import TypeVar
+
+from torch import nn
+
+Rule = Callable[..., int | tuple[int, ...]]
+RuleT = TypeVar("RuleT", bound=Rule)
+
+_FAMILIES = (
+    "activation", "arithmetic", "convolution", "coupled", "linear", "normalization", "pooling", "rearrange", "refused", "shape",
+)  # fmt: skip
+
+_FUNCTIONS: dict[object, Rule] = {}
+_MODULES: dict[type[nn.Module], Rule] = {}
+
+# Names under which Python's operators arrive; an in-place variant has the same rule as the plain one.
+_OPERATORS = {
+    "__add__": "add", "__radd__": "add", "__iadd__": "add", "__sub__": "sub", "__isub__": "sub", "__rsub__": "rsub",
+    "__mul__": "mul", "__rmul__": "mul", "__imul__": "mul", "__truediv__": "div", "__itruediv__": "div", "__div__": "div",
+    "__idiv__": "div", "__rdiv__": "rdiv", "__rtruediv__": "rdiv", "__matmul__": "matmul", "__rmatmul__": "rmatmul",
+    "__neg__": "neg", "__pos__": "positive", "__abs__": "abs", "__pow__": "pow", "__ipow__": "pow", "__rpow__": "rpow",
+    "true_divide": "div", "divide": "div", "subtract": "sub", "multiply": "mul", "negative": "neg", "absolute": "abs",
+    "clip": "clamp", "log_sigmoid": "logsigmoid",
+}  # fmt: skip
+
+
+def lowers(*keys: type[nn.Module] | Callable[..., object] | str) -> Callable[[RuleT], RuleT]:
+    """Register a lowering rule for modules, torch functions or Tensor methods.
+
+    Args:
+        keys: subclasses of nn.Module, torch functions (`torch.tanh` stands for `x.tanh()` and `x.tanh_()` too), or names
+            of torch functions.
+    Returns:
+        A decorator that returns the rule unchanged. A later rule for the same key replaces the earlier one.
+
+    Example:
+        @lowers(torch.erf)
+        def erf(trace: Trace, x: Value) -> int:
+            return trace.activation(x, my_erf)
+    """
+
+    def register(rule: RuleT) -> RuleT:
+        for key in keys:
+            if isinstance(key, type) and issubclass(key, nn.Module):
+                _MODULES[key] = rule
+            else:
+                _FUNCTIONS[key if isinstance(key, str) else canonical(key)] = rule
+        return rule
+
+    return register
+
+
+def function_rule(key: object) -> Rule | None:
+    """The rule for a canonical key."""
+    return _FUNCTIONS.get(key)
+
+
+def module_rule(kind: type[nn.Module]) -> Rule | None:
+    """The rule for exactly this class: a subclass may compute something else."""
+    return _MODULES.get(kind)
+
+
+def canonical(function: Callable[..., object]) -> object:
+    """The key of a torch function: its plain name, shared by torch.f, Tensor.f, Tensor.f_ and F.f; else the function."""
+    name = getattr(function, "__name__", None)
+    if name is None:
+        return function
+    if name == "__get__":  # a property of Tensor
+        return getattr(getattr(function, "__self__", None), "__name__", name)
+    home = getattr(function, "__module__", None)
+    if home is not None and home.split(".")[0] != "torch":
+        return function
+    if home == "torch.nn.functional" and name == "unfold":  # another function than Tensor.unfold
+        return "im2col"
+    if name.endswith("_") and not name.endswith("__"):
+        name = name[:-1]
+    return _OPERATORS.get(name, name)
+
+
+@cache
+def load() -> None:
+    """Import the rule files, and the entry points of the group `lipguard.rules`, once."""
+    for family in _FAMILIES:
+        importlib.import_module(f"lipguard.capture.rules.{family}")
+    for entry in importlib.metadata.entry_points(group="lipguard.rules"):
+        entry.load()

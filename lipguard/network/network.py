@@ -1,0 +1,102 @@
+"""`Network`: the certified object, nodes in topological order, and its digest."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lipguard.network.nodes import Affine, Node
+from lipguard.network.operators import Dense
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """Nodes in topological order; node 0 is the `Input`, the last node is the output."""
+
+    nodes: tuple[Node, ...]
+
+    @property
+    def inputs(self) -> int:
+        """Number of inputs d."""
+        return self.sizes[0]
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs m."""
+        return self.sizes[-1]
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Length of every node's value."""
+        sizes: list[int] = []
+        for node in self.nodes:
+            sizes.append(node.length([sizes[s] for s in node.sources]))
+        return tuple(sizes)
+
+    @cached_property
+    def activations(self) -> tuple[int, ...]:
+        """Indices of the nodes of neurons: activations, implicit layers, and groups of tied neurons.
+
+        In `lipguard.programs.slope_restricted` this is the order of the multipliers.
+        """
+        return tuple(i for i, node in enumerate(self.nodes) if node.slopes is not None or node.tied is not None)
+
+    @property
+    def neurons(self) -> int:
+        """Number of neurons: the lengths of the nodes of `activations`, added up."""
+        return sum(self.sizes[i] for i in self.activations)
+
+    def slopes(self) -> tuple[Tensor, Tensor]:
+        """Slope interval of every neuron on all of R, in the order of `activations`; [-1, 1] for tied neurons. (n,) each."""
+        one = torch.ones((), dtype=torch.float64)
+        ends = [self.nodes[i].slopes or (-one, one) for i in self.activations]
+        empty = torch.zeros(0, dtype=torch.float64, device=self.device)
+        alpha, beta = (
+            torch.cat([empty, *(end.to(empty).expand(self.sizes[i]) for i, end in zip(self.activations, side, strict=True))])
+            for side in (zip(*ends, strict=True) if ends else ((), ()))
+        )
+        return alpha, beta
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next((tensor.device for node in self.nodes for tensor in node.tensors()), torch.device("cpu"))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Outputs (batch, m) of inputs (batch, d), in float64."""
+        return self.values(x)[-1]
+
+    def values(self, x: Tensor) -> list[Tensor]:
+        """Value of every node, each (batch, size), for inputs (batch, d)."""
+        values = [x.to(self.device, torch.float64)]
+        for node in self.nodes[1:]:
+            values.append(node.value(*(values[s] for s in node.sources)))
+        return values
+
+    def with_outputs(self, matrix: Tensor) -> Network:
+        """The network followed by the linear map `matrix`, shape (k, m): for class pairs and margins."""
+        return Network((*self.nodes, Affine(len(self.nodes) - 1, Dense(matrix.to(self.device, torch.float64)), None, "outputs")))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the structure and the exact bits of every weight, as hexadecimal text.
+
+        Injective: every part is written with its length before it, so that no text inside a part can stand for another.
+        """
+        sha = hashlib.sha256(b"lipguard network 3\n")
+        for node in self.nodes:
+            parts = [node.structure().encode(), *map(_bits, node.tensors())]
+            sha.update(len(parts).to_bytes(8, "little"))
+            for part in parts:
+                sha.update(len(part).to_bytes(8, "little"))
+                sha.update(part)
+        return sha.hexdigest()
+
+
+def _bits(tensor: Tensor) -> bytes:
+    plain = tensor.detach().to("cpu", torch.float64).contiguous()
+    return f"{tuple(plain.shape)}".encode() + plain.numpy().tobytes()

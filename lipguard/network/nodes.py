@@ -1,0 +1,275 @@
+"""The nodes of a network, each of which speaks for itself: what it reads, its size, its value, what defines it.
+
+A network is a graph of these; what an algorithm makes of a kind of node is the algorithm's own matter.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lipguard.network import implicit
+from lipguard.network.activations import Elementwise
+from lipguard.network.coupled import Coupling
+from lipguard.network.operators import Operator
+
+
+class Vertex(ABC):
+    """What every node answers, whatever its kind; besides, `sources`, the nodes that it reads, a field of sums."""
+
+    name: str
+
+    @abstractmethod
+    def moved(self, place: Callable[[int], int]) -> Node:
+        """The node with every source i replaced by place(i)."""
+
+    @abstractmethod
+    def length(self, read: Sequence[int]) -> int:
+        """Length of its value, from the lengths of the values it reads."""
+
+    @abstractmethod
+    def value(self, *read: Tensor) -> Tensor:
+        """Its value (batch, size), from the values (batch, ...) it reads."""
+
+    @abstractmethod
+    def structure(self) -> str:
+        """All that defines it but the numbers in its tensors, as one line of the digest."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The numbers that define it, in a fixed order."""
+        return ()
+
+    @property
+    def slopes(self) -> tuple[Tensor, Tensor] | None:
+        """Slope interval (alpha, beta) on all of R of what it applies entry by entry, 0-d or (size,); None where it has none."""
+        return None
+
+    @property
+    def tied(self) -> Coupling | None:
+        """The function of groups whose increments are known to grow in no group's 2-norm, a group at a time; else None."""
+        return None
+
+
+class _Reader(Vertex):
+    """A node that reads one other."""
+
+    source: int
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """The one node that it reads."""
+        return (self.source,)
+
+    def moved(self, place: Callable[[int], int]) -> Node:
+        """The node that reads place(source)."""
+        target = place(self.source)
+        return self if target == self.source else replace(self, source=target)  # type: ignore[type-var, return-value]
+
+    def length(self, read: Sequence[int]) -> int:
+        """As long as what it reads."""
+        return read[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Input(Vertex):
+    """The network's input, always node 0."""
+
+    size: int
+    name: str = "input"
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """None."""
+        return ()
+
+    def moved(self, place: Callable[[int], int]) -> Node:
+        """Itself."""
+        return self
+
+    def length(self, read: Sequence[int]) -> int:
+        """Number of inputs."""
+        return self.size
+
+    def value(self, *read: Tensor) -> Tensor:
+        """The input is given, not computed."""
+        raise TypeError("the input's value is given by the caller")
+
+    def structure(self) -> str:
+        """Its length."""
+        return f"input {self.size}"
+
+
+@dataclass(frozen=True, eq=False)
+class Affine(_Reader):
+    """operator(value of `source`) + bias."""
+
+    source: int
+    operator: Operator
+    bias: Tensor | None = None
+    name: str = ""
+
+    def length(self, read: Sequence[int]) -> int:
+        """Rows of the operator."""
+        return self.operator.shape[0]
+
+    def value(self, *read: Tensor) -> Tensor:
+        """operator(x) + bias."""
+        y = self.operator(read[0])
+        return y if self.bias is None else y + self.bias
+
+    def structure(self) -> str:
+        """Source, operator, and whether there is a bias."""
+        return f"affine {self.source} {operator_structure(self.operator)} {self.bias is not None}"
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The operator's coefficients, then the bias."""
+        return (*self.operator.tensors(), *(() if self.bias is None else (self.bias,)))
+
+
+@dataclass(frozen=True, eq=False)
+class Activation(_Reader):
+    """A slope-restricted function applied to every entry of the value of `source`."""
+
+    source: int
+    function: Elementwise
+    name: str = ""
+
+    def value(self, *read: Tensor) -> Tensor:
+        """The function, entry by entry."""
+        return self.function(read[0])
+
+    def structure(self) -> str:
+        """Source and function."""
+        return f"activation {self.source} {self.function.name}"
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The function's parameters."""
+        return self.function.tensors()
+
+    @property
+    def slopes(self) -> tuple[Tensor, Tensor]:
+        """The function's."""
+        return self.function.slopes
+
+
+@dataclass(frozen=True, eq=False)
+class Sum(Vertex):
+    """The sum of the values of `sources`, all of one size."""
+
+    sources: tuple[int, ...]
+    name: str = ""
+
+    def moved(self, place: Callable[[int], int]) -> Node:
+        """The sum of the values at the places."""
+        return replace(self, sources=tuple(map(place, self.sources)))
+
+    def length(self, read: Sequence[int]) -> int:
+        """That of each term."""
+        return read[0]
+
+    def value(self, *read: Tensor) -> Tensor:
+        """The sum."""
+        return torch.stack(read).sum(0)
+
+    def structure(self) -> str:
+        """The sources."""
+        return f"sum {self.sources}"
+
+
+@dataclass(frozen=True, eq=False)
+class Coupled(_Reader):
+    """A function of groups of entries of the value of `source`: a maximum, a sort, a reflection."""
+
+    source: int
+    function: Coupling
+    name: str = ""
+
+    def length(self, read: Sequence[int]) -> int:
+        """Length of the function's result."""
+        return self.function.outputs
+
+    def value(self, *read: Tensor) -> Tensor:
+        """The function."""
+        return self.function(read[0])
+
+    def structure(self) -> str:
+        """Source and function."""
+        return f"coupled {self.source} {function_structure(self.function)}"
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What defines the function."""
+        return self.function.tensors()
+
+    @property
+    def tied(self) -> Coupling | None:
+        """The function, where it is a sort about the groups' means."""
+        return self.function if self.function.tied else None
+
+
+@dataclass(frozen=True, eq=False)
+class Implicit(_Reader):
+    """The solution z of z = function(operator(z) + value of `source`), entry by entry; see `lipguard.network.implicit`."""
+
+    source: int
+    operator: Operator
+    function: Elementwise
+    name: str = ""
+
+    @property
+    def slopes(self) -> tuple[Tensor, Tensor]:
+        """The function's, as for an activation."""
+        return self.function.slopes
+
+    @cached_property
+    def widened(self) -> tuple[Tensor, Tensor]:
+        """Slope interval of every neuron, (n,) each, thin ones widened."""
+        return implicit.widened(self.function, self.operator.shape[0], self.operator.device)
+
+    @cached_property
+    def scaling(self) -> Tensor:
+        """T > 0, (n,), that makes the layer well posed in floating point: a proposal, which the checker proves.
+
+        Raises:
+            InvalidModel: none is found.
+        """
+        return implicit.diagonal_scaling(self.operator.dense().detach(), *self.widened, self.name or "an implicit layer")
+
+    def value(self, *read: Tensor) -> Tensor:
+        """z for inputs (..., n), in float64.
+
+        Raises:
+            InvalidModel: the layer is not known to be well posed.
+        """
+        _ = self.scaling
+        return implicit.equilibrium(self.operator.dense(), read[0], self.function, *self.widened, self.name)
+
+    def structure(self) -> str:
+        """Source, operator and function."""
+        return f"implicit {self.source} {operator_structure(self.operator)} {self.function.name}"
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The operator's coefficients, then the function's parameters."""
+        return (*self.operator.tensors(), *self.function.tensors())
+
+
+Node = Input | Affine | Activation | Implicit | Sum | Coupled
+
+
+def operator_structure(operator: Operator) -> str:
+    """Everything about an operator but its coefficients: strides and paddings make another map of the same weight."""
+    return " ".join((type(operator).__name__, str(operator.shape), *_plain(operator)))
+
+
+def function_structure(function: Coupling) -> str:
+    """Everything about a function of groups but its tensors."""
+    return " ".join((type(function).__name__, "", *_plain(function)))
+
+
+def _plain(part: object) -> list[str]:
+    named = ((f.name, getattr(part, f.name)) for f in fields(part)) if is_dataclass(part) else ()
+    return [f"{name}={value!r}" for name, value in named if not isinstance(value, Tensor)]

@@ -1,0 +1,1 @@
+"""Domains: ranges, relaxations, Jacobians and radii on boxes and balls."""

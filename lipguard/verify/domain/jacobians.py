@@ -1,0 +1,210 @@
+"""Bounds of Jacobian norms on K domains from the neurons' slope intervals alone.
+
+Two ways, the smaller of which counts: the interval matrix of all Jacobians, by reverse accumulation in midpoints and
+radii; and, from 2-norm to 2-norm, the product of the norms of D^(1/2) W D^(1/2), D the largest slopes in absolute value
+(Huang et al. 2021, arXiv:2111.01395, where D is 0 or 1).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lipguard.network import Activation, Affine, Conv, Input, Node, Operator, Sum
+from lipguard.rounding import TINY, UNIT, gamma, prove_positive_definite, sqrt_up
+from lipguard.verify.domain.localized import ENTRIES
+from lipguard.verify.domain.ranges import Propagation
+from lipguard.verify.norms.convolution import convolution_bound
+from lipguard.verify.norms.factors import LARGEST_UNROLLED
+from lipguard.verify.norms.matrix_norm import largest_row_sum, times
+
+_INFLATIONS = (1e-13, 1e-12, 1e-11, 1e-10, 1e-9, 1e-8, 1e-6)
+
+
+def jacobian_bounds(propagation: Propagation, norm: tuple[float, float]) -> Tensor:
+    """Upper bounds of ||J|| from norm[0] to norm[1] on each domain, (K,)."""
+    magnitude = jacobian_magnitude(propagation)
+    result = magnitude_norms(magnitude, norm)
+    return torch.minimum(result, _products(propagation)) if norm == (2.0, 2.0) else result
+
+
+def jacobian_magnitude(propagation: Propagation, rows: Tensor | None = None) -> Tensor:
+    """Entrywise upper bound of |J| over each domain.
+
+    Args:
+        propagation: a network on K domains.
+        rows: functionals of the outputs, (K or 1, k, m); None for the outputs themselves.
+    Returns:
+        (K, k, d).
+    """
+    network = propagation.network
+    count = len(propagation.regions.lower)
+    slopes = _slopes(propagation)
+    eye = torch.eye(network.outputs, dtype=torch.float64, device=propagation.regions.lower.device)
+    start = eye[None] if rows is None else rows
+    felt: dict[int, tuple[Tensor, Tensor]] = {len(network.nodes) - 1: (start, torch.zeros_like(start))}
+
+    def add(i: int, mid: Tensor, rad: Tensor) -> None:
+        if i in felt:
+            total = felt[i][0] + mid
+            felt[i] = total, (felt[i][1] + rad + 2 * UNIT * total.abs()) * (1 + 4 * UNIT)
+        else:
+            felt[i] = mid, rad
+
+    for i in range(len(network.nodes) - 1, -1, -1):
+        if i not in felt:
+            continue
+        node = network.nodes[i]
+        if isinstance(node, Input):
+            break
+        mid, rad = felt.pop(i)
+        match node:
+            case Affine():
+                back, magnitude = node.operator.transpose(), node.operator.abs().transpose()
+                k = gamma(node.operator.shape[0] + 8)
+                add(node.source, back(mid), magnitude(rad + 2 * k * (mid.abs() + rad)) * (1 + 4 * k))
+            case Activation():
+                low, high = slopes[i]
+                # s = c +- r, r rounded up.
+                c = ((low + high) / 2)[:, None]
+                r = torch.maximum(high[:, None] - c, c - low[:, None]) * (1 + 2 * UNIT)
+                product = mid * c
+                add(node.source, product, (mid.abs() * r + rad * (c.abs() + r) + 2 * UNIT * product.abs()) * (1 + 8 * UNIT))
+            case Sum():
+                for source in node.sources:
+                    add(source, mid, rad)
+    if 0 not in felt:
+        return torch.zeros(count, start.shape[1], network.inputs, dtype=torch.float64, device=start.device)
+    mid, rad = felt[0]
+    return ((mid.abs() + rad) * (1 + 8 * UNIT)).expand(count, -1, -1)
+
+
+def magnitude_norms(magnitude: Tensor, norm: tuple[float, float]) -> Tensor:
+    """Upper bounds of ||M||_{p -> q} over all M with |M| <= magnitude, (K, k, d) to (K,).
+
+    The largest value belongs to M = magnitude and a vector without negative entries: of all ones for p = inf, one unit
+    vector for p = 1; for p = 2 the dual vector where q = 1 or inf, and for q = 2 the norm of a matrix.
+    """
+    p, q = norm
+    grow = 1 + 8 * gamma(magnitude.shape[1] + magnitude.shape[2] + 8)
+    if p == 1:
+        value = torch.linalg.vector_norm(magnitude, q, dim=1).amax(1)
+    elif p == math.inf:
+        value = torch.linalg.vector_norm(magnitude.sum(2), q, dim=1)
+    elif q == 1:
+        value = torch.linalg.vector_norm(magnitude.sum(1), 2, dim=1)
+    elif q == math.inf or magnitude.shape[1] == 1:
+        value = torch.linalg.vector_norm(magnitude, 2, dim=2).amax(1)
+    else:
+        return matrix_norms(magnitude)
+    return value * grow + TINY
+
+
+def matrix_norms(matrices: Tensor) -> Tensor:
+    """Proved upper bounds of the norms from 2 to 2, (K, a, b) to (K,)."""
+    matrices = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    count, k = matrices.shape[0], matrices.shape[2]
+    # A power of two brings each largest entry near 1: exact, but for entries that vanish beside it, by less than TINY.
+    exponent = torch.frexp(matrices.abs().amax((1, 2))).exponent.clamp(-1000, 1000)
+    matrices = torch.ldexp(matrices, -exponent[:, None, None])
+    gram = matrices @ matrices.mT
+    magnitude = matrices.abs()
+    proposed = torch.linalg.eigvalsh(gram)[:, -1].clamp_min(0).sqrt()
+    # The Frobenius norm needs no proof.
+    result = matrices.square().sum((1, 2)).sqrt() * (1 + 4 * gamma(k * matrices.shape[1] + 8)) + k * TINY
+    left = torch.arange(count, device=matrices.device)
+    for inflation in _INFLATIONS:
+        bound = proposed[left] * (1 + inflation) + inflation * 2.0**-20
+        some, square = magnitude[left], bound * bound
+
+        def radius(v: Tensor, some: Tensor = some, square: Tensor = square) -> Tensor:
+            mass = (some @ (some.mT @ v[:, :, None]))[:, :, 0] + square[:, None] * v
+            return mass * (gamma(k + 8) * (1 + 8 * gamma(k + v.shape[1] + 8))) + 2 * (k + 4) * TINY * v.sum(1, keepdim=True)
+
+        trial = -gram[left]
+        trial.diagonal(dim1=-2, dim2=-1).add_(square[:, None])
+        proved = prove_positive_definite(trial, radius)
+        result[left[proved]] = torch.minimum(result[left[proved]], bound[proved])
+        left = left[~proved]
+        if not len(left):
+            break
+    return torch.ldexp(result, exponent) * (1 + 2 * UNIT) + TINY
+
+
+def _products(propagation: Propagation) -> Tensor:
+    """Products of the norms of D^(1/2) W D^(1/2) along the graph, summed where branches meet, (K,).
+
+    An activation gives D^(1/2) to the affine map before it, if that feeds nothing else, and to those behind it, if there
+    are only affine maps; to a side that cannot take it, its largest entry.
+    """
+    network = propagation.network
+    nodes = network.nodes
+    count, device = len(propagation.regions.lower), propagation.regions.lower.device
+    consumers: list[list[int]] = [[] for _ in nodes]
+    for i, node in enumerate(nodes):
+        for source in node.sources if isinstance(node, Sum) else () if isinstance(node, Input) else (node.source,):
+            consumers[source].append(i)
+    roots = {i: torch.maximum(low.abs(), high.abs()).sqrt() * (1 + 4 * UNIT) for i, (low, high) in _slopes(propagation).items()}
+
+    def scalable(i: int) -> bool:
+        node = nodes[i]
+        return isinstance(node, Affine) and math.prod(node.operator.shape) <= LARGEST_UNROLLED
+
+    before = {i: scalable(_source(nodes[i])) and consumers[_source(nodes[i])] == [i] for i in roots}
+    behind = {i: bool(consumers[i]) and all(scalable(c) for c in consumers[i]) for i in roots}
+    bounds: list[Tensor] = []
+    for i, node in enumerate(nodes):
+        match node:
+            case Input():
+                bounds.append(torch.ones(count, dtype=torch.float64, device=device))
+            case Affine():
+                left = next((roots[c] for c in consumers[i] if before.get(c, False)), None)
+                right = roots[node.source] if behind.get(node.source, False) else None
+                bounds.append(bounds[node.source] * _norms(node.operator, left, right) * (1 + 2 * UNIT))
+            case Activation():
+                rest = 2 - before[i] - behind[i]
+                largest = roots[i].amax(1) if roots[i].shape[1] else torch.zeros(count, dtype=torch.float64, device=device)
+                bounds.append(bounds[node.source] * largest**rest * (1 + 4 * UNIT))
+            case Sum():
+                bounds.append(torch.stack([bounds[s] for s in node.sources]).sum(0) * (1 + 2 * gamma(len(node.sources) + 2)))
+    return bounds[-1].expand(count) + TINY
+
+
+def _source(node: Node) -> int:
+    assert isinstance(node, Activation)
+    return node.source
+
+
+def _norms(operator: Operator, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """Bounds of the norms from 2 to 2 of diag(left) W diag(right), (K,), or (1,) without factors."""
+    if math.prod(operator.shape) > LARGEST_UNROLLED:
+        if isinstance(operator, Conv):
+            value = convolution_bound(operator)
+        else:  # ||W||_2^2 <= ||W||_1 ||W||_inf
+            magnitude = operator.abs()
+            value = sqrt_up(times(largest_row_sum(magnitude), largest_row_sum(magnitude.transpose())))
+        return torch.tensor([value], dtype=torch.float64, device=operator.device)
+    weight = operator.dense()[None]
+    if left is None and right is None:
+        return matrix_norms(weight)
+    count = len(left) if left is not None else len(right) if right is not None else 1
+    step = max(1, ENTRIES // max(1, weight.numel()))
+    found = []
+    for start in range(0, count, step):
+        scaled = weight
+        for side, axis in ((left, 2), (right, 1)):
+            if side is not None:
+                # Each product rounds once, by u of itself: the norm by no more than u times that of the magnitudes.
+                scaled = scaled * side[start : start + step].unsqueeze(axis)
+        rounding = 4 * UNIT * torch.linalg.vector_norm(scaled, dim=(1, 2))
+        found.append(matrix_norms(scaled) + rounding)
+    return torch.cat(found)
+
+
+def _slopes(propagation: Propagation) -> dict[int, tuple[Tensor, Tensor]]:
+    network = propagation.network
+    sizes = [network.sizes[i] for i in network.activations]
+    low, high = (s.split(sizes, 1) for s in propagation.slopes())
+    return {i: (a, b) for i, a, b in zip(network.activations, low, high, strict=True)}

@@ -1,0 +1,1 @@
+"""Partitions of a domain by the phases of piecewise-linear neurons."""

@@ -1,0 +1,1 @@
+"""Witnesses: a Jacobian at a point, enclosed."""

@@ -1,0 +1,1 @@
+"""The matrix inequality of convolutional networks over frequencies."""
