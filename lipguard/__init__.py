@@ -47,7 +47,7 @@ _HOMES = {
     "LipschitzProjection": "callbacks",
     "LipschitzRegularizer": "callbacks",
     "Network": "network",
-    "Query": "certificate",
+    "Query": "query",
     "Robustness": "bounds.robustness",
     "Tracker": "bounds.tracker",
     "bound": "bounds",
@@ -71,9 +71,10 @@ if TYPE_CHECKING:
         LipschitzRegularizer,
     )
     from lipguard.capture.capture import capture, lowers
-    from lipguard.certificate import Ball, Box, Certificate, Enclosure, Query
+    from lipguard.certificate import Ball, Box, Certificate, Enclosure
     from lipguard.exact import exact
     from lipguard.network import Network
+    from lipguard.query import Query
     from lipguard.verify import verify
 
 

@@ -7,8 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from lipguard.domain import NORMS, Ball, Box, Domain, domain_from_json
-from lipguard.errors import UnsupportedQuery
+from lipguard.domain import Ball, Box, Domain, domain_from_json
 from lipguard.evidence import (
     ChannelMultipliers,
     Evidence,
@@ -25,6 +24,7 @@ from lipguard.evidence import (
     WeightedMultipliers,
     Witness,
 )
+from lipguard.query import Norm, Query, norm_pair
 
 __all__ = [
     "Ball", "Box", "Certificate", "ChannelMultipliers", "Domain", "Enclosure", "Evidence", "Factors", "Leaf", "LocalMultipliers",
@@ -34,31 +34,6 @@ __all__ = [
 
 Side = Literal["upper", "lower"]
 Rigor = Literal["approximate", "verified"]
-Norm = float | tuple[float, float]
-
-
-def norm_pair(norm: Norm | str) -> tuple[float, float]:
-    """The (input, output) norms meant by `norm`, each 1, 2 or inf.
-
-    Raises:
-        UnsupportedQuery: a norm other than 1, 2 or inf.
-    """
-    pair = tuple(norm) if isinstance(norm, (tuple, list)) else (norm, norm)
-    try:
-        values = tuple(float(p) for p in pair)
-    except (TypeError, ValueError):
-        values = ()
-    if len(values) != 2 or any(p not in NORMS for p in values):
-        raise UnsupportedQuery(f"norm={norm!r}: a norm is 1, 2 or inf, or a pair (input, output) of them.")
-    return values[0], values[1]
-
-
-@dataclass(frozen=True, eq=False)
-class Query:
-    """The constant that is asked for: sup over the domain of the Jacobian's norm from `norm[0]` to `norm[1]`."""
-
-    norm: tuple[float, float] = (2.0, 2.0)
-    domain: Domain | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lipguard.audit.encoding import from_plain, to_plain
 from lipguard.capture.capture import capture
-from lipguard.capture.selection import Outputs
 from lipguard.errors import NotCertified
 from lipguard.network import (
     Activation,
@@ -37,6 +36,7 @@ from lipguard.network import (
     smooth,
 )
 from lipguard.programs.rewriting import slope_restricted
+from lipguard.query import Outputs
 
 __all__ = ["Recipe", "captured", "rebuild", "recipe_of"]
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from lipguard import registry
 from lipguard.bounds.granularity import default_method
 from lipguard.bounds.local import Local
-from lipguard.capture.selection import Outputs
 from lipguard.certificate import Ball, Box, Certificate, Domain, Norm, Query, norm_pair
 from lipguard.errors import InvalidDomain
 from lipguard.network import Network
+from lipguard.query import Outputs
 from lipguard.solvers.threads import one_thread
 
 __all__ = ["bound"]

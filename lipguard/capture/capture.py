@@ -12,11 +12,12 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from lipguard.capture.frozen import frozen, intercepted
 from lipguard.capture.rules.registry import load, lowers
-from lipguard.capture.selection import Outputs, choose, parts, select
+from lipguard.capture.selection import choose, parts, select
 from lipguard.capture.simplify import simplify
 from lipguard.capture.trace import Trace, Tracer
 from lipguard.errors import InvalidExample, InvalidModel, LipguardError, UnknownName, UnsupportedLayer, UnsupportedQuery
 from lipguard.network import Network
+from lipguard.query import Outputs
 
 __all__ = ["capture", "lowers"]
 

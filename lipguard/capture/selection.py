@@ -11,12 +11,7 @@ from torch import Tensor
 
 from lipguard.errors import UnsupportedLayer, UnsupportedQuery
 from lipguard.network import Network
-
-Functional = Tensor | tuple[int, int]
-"""A matrix (k, m) applied to the m outputs, or a pair (i, j) of classes: output i minus output j."""
-
-Outputs = Functional | int | str | tuple[int | str, Functional]
-"""A functional; or which of several tensors: its place in a tuple, its key or its name (dotted where nested); or both."""
+from lipguard.query import Functional, Outputs
 
 
 def parts(outputs: Outputs | None) -> tuple[str | None, Functional | None]:

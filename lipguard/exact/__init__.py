@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from lipguard.bounds import network_of
 from lipguard.bounds.spectral import Spectral
-from lipguard.capture.selection import Outputs
 from lipguard.certificate import Domain, Enclosure, Norm, Query, norm_pair
 from lipguard.errors import UnknownName
 from lipguard.exact.problem import problem
 from lipguard.network import Activation, Network
 from lipguard.network.activations import PiecewiseLinear
 from lipguard.programs.rewriting import elementwise
+from lipguard.query import Outputs
 
 __all__ = ["METHODS", "exact"]
 

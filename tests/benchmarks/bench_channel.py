@@ -20,10 +20,10 @@ from lipguard.programs.rewriting import slope_restricted
 
 TESTS = pathlib.Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS / "unit/capture"), str(TESTS / "unit/bounds")]
-from test_capture_convolutions import randomised
-from test_channel import Residual, cifar
+from test_capture_convolutions import randomised  # noqa: E402 - runs without pytest, which has the folders on its path
+from test_channel import Residual, cifar  # noqa: E402
 
-import lipguard as lg
+import lipguard as lg  # noqa: E402
 
 
 def strided() -> nn.Module:
