@@ -147,12 +147,21 @@ def solve(
 
 
 def _silent() -> Any:
+    """An instance that has printed nothing, its banner included, and prints nothing."""
     try:
         import highspy
     except ImportError as error:
         raise SolverUnavailable("highspy is not installed. pip install highspy.") from error
-    highs = highspy.Highs()
-    highs.setOptionValue("output_flag", False)
+
+    class Silent(highspy.Highs):
+        """HiGHS logs its banner while its constructor enables callbacks (seen in 1.16): the output goes off just before."""
+
+        def enableCallbacks(self) -> None:  # noqa: N802 - the name is HiGHS's
+            self.setOptionValue("output_flag", False)
+            super().enableCallbacks()
+
+    highs = Silent()
+    highs.setOptionValue("output_flag", False)  # older releases do not call enableCallbacks
     highs.setOptionValue("threads", 1)
     return highs
 

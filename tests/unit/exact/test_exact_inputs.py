@@ -212,7 +212,7 @@ def test_auto_repairs_what_branch_and_bound_counts_on_closed_regions():
 
 
 _SCRIPT = """
-import logging, sys
+import logging, sys, torch
 sys.path.insert(0, {tests!r})
 from exact_oracle import random_net
 import lipguard as lg
@@ -228,6 +228,9 @@ for solver in ("gurobi", "scip", "highs"):
 network = random_net([4, 16, 16, 3], 0).network()
 for solver in ("gurobi", "scip"):
     exact(network, domain=lg.Box(-1.0, 1.0), method="miqcqp", solver=solver, time_limit=3)
+net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+for solver in ("scs", "clarabel"):
+    lg.bound(net, torch.zeros(1, 3), method="lipsdp-neuron", solver=solver)
 assert {{"lipguard.solvers.gurobi", "lipguard.solvers.scip"}} <= set(records), set(records)
 """
 
