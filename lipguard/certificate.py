@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar, Literal, Self, get_args
 
+import torch
 from torch import Tensor
 
 from lipguard.domain import Ball, Box, Domain, domain_from_json
+from lipguard.errors import InvalidDomain, NotCertified
 from lipguard.evidence import (
     ChannelMultipliers,
     Evidence,
@@ -19,11 +23,14 @@ from lipguard.evidence import (
     Part,
     Partition,
     Product,
+    Side,
     Slopes,
     SolverReport,
     WeightedMultipliers,
     Witness,
+    evidence_from_record,
 )
+from lipguard.plain import NUMBER, TEXT, Form, finite, one_of, optional, read_fields, tensor
 from lipguard.query import Norm, Query, norm_pair
 
 __all__ = [
@@ -32,16 +39,83 @@ __all__ = [
     "Status", "WeightedMultipliers", "Witness", "domain_from_json", "norm_pair",
 ]  # fmt: skip
 
-Side = Literal["upper", "lower"]
 Rigor = Literal["approximate", "verified"]
+Status = Literal["closed", "gap reached", "time limit", "memory limit", "interrupted", "solver failed"]
+
+
+def _read_value(value: object) -> float:
+    """A number; a solver that found no bound claims inf, which JSON has as text."""
+    return math.inf if value == "inf" else NUMBER.read(value)
+
+
+def _read_norm(value: object) -> tuple[float, float]:
+    if not (isinstance(value, list | tuple) and len(value) == 2 and all(p in ("1.0", "2.0", "inf") for p in value)):
+        raise ValueError(f"{value!r} is no pair of norms, each '1.0', '2.0' or 'inf'")
+    return float(value[0]), float(value[1])
+
+
+def _read_domain(value: Any) -> Domain | None:
+    try:
+        return domain_from_json(value)
+    except InvalidDomain as error:
+        raise ValueError(str(error)) from error
+
+
+def _read_details(value: object) -> dict[str, float | int | str]:
+    if not isinstance(value, Mapping) or not all(isinstance(item, float | int | str) for item in value.values()):
+        raise ValueError("details are numbers and texts by name")
+    return {str(name): item for name, item in value.items()}
+
+
+_VALUE = Form(finite, _read_value)
+_NORM = Form(lambda norm: [str(float(p)) for p in norm], _read_norm)
+_DOMAIN = Form(lambda domain: None if domain is None else finite(domain.json()), _read_domain)
+_DETAILS = Form(finite, _read_details)
+
+
+class _Plain:
+    """A result that states the form of its fields."""
+
+    forms: ClassVar[Mapping[str, Form]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as a JSON value, the evidence with all of its numbers."""
+        return {name: form.write(getattr(self, name)) for name, form in self.forms.items()}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`; a field that has a default may be missing.
+
+        The rigor is the one stated, which anyone may write: `lipguard.verify` tells.
+
+        Raises:
+            NotCertified: a field is missing or unknown, or has no meaning.
+        """
+        stated = [f for f in fields(cls) if f.name in cls.forms]  # type: ignore[arg-type] - every subclass is a dataclass
+        needed = {f.name for f in stated if f.default is MISSING and f.default_factory is MISSING}
+        return cls(**read_fields(value, cls.forms, needed, f"the record of the {cls.__name__.lower()}"))
 
 
 @dataclass(frozen=True, eq=False)
-class Certificate:
+class Certificate(_Plain):
     """One bound of one network's Lipschitz constant, with what proves it.
 
     `value` is rounded outward when `rigor` is "verified". `note` says what went wrong on the way, if anything.
     """
+
+    forms: ClassVar[Mapping[str, Form]] = {
+        "value": _VALUE,
+        "side": one_of(*get_args(Side)),
+        "norm": _NORM,
+        "domain": _DOMAIN,
+        "digest": TEXT,
+        "method": TEXT,
+        "rigor": one_of(*get_args(Rigor)),
+        "seconds": NUMBER,
+        "note": TEXT,
+        "details": _DETAILS,
+        "evidence": Form(lambda evidence: evidence.to_record(), evidence_from_record),
+    }
 
     value: float
     side: Side
@@ -55,15 +129,23 @@ class Certificate:
     note: str = ""
     details: dict[str, float | int | str] = field(default_factory=dict)
 
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Certificate:
+        """As for every result; and only a solver's word may be infinite."""
+        found = super().from_dict(value)
+        if found.rigor == "verified" and not math.isfinite(found.value):
+            raise NotCertified("the record of the certificate is damaged: a verified value is infinite.")
+        return found
+
     def __float__(self) -> float:
         return self.value
 
 
-Status = Literal["closed", "gap reached", "time limit", "memory limit", "interrupted", "solver failed"]
+_CERTIFICATE = Form(Certificate.to_dict, Certificate.from_dict)
 
 
 @dataclass(frozen=True, eq=False)
-class Enclosure:
+class Enclosure(_Plain):
     """lower <= constant <= upper, as narrow as the time allowed.
 
     Attributes:
@@ -73,6 +155,19 @@ class Enclosure:
         closed_region: the maximum over closed regions, where it is known to exceed the true constant; else None.
         choice: what was chosen by "auto" or fallen back to, and why.
     """
+
+    forms: ClassVar[Mapping[str, Form]] = {
+        "lower_certificate": _CERTIFICATE,
+        "upper_certificate": _CERTIFICATE,
+        "status": one_of(*get_args(Status)),
+        "method": TEXT,
+        "seconds": NUMBER,
+        "solver": TEXT,
+        "witness": optional(tensor(torch.float64)),
+        "closed_region": optional(NUMBER),
+        "choice": TEXT,
+        "details": _DETAILS,
+    }
 
     lower_certificate: Certificate
     upper_certificate: Certificate

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lipguard.errors import InvalidDomain
+from lipguard.plain import NUMBER, Form, one_of, read_fields
 
 NORMS = (1.0, 2.0, math.inf)
 """Norms that are measured in."""
@@ -202,14 +204,50 @@ def _plain(value: float | Sequence[float] | Tensor) -> object:
     return tensor.flatten().tolist() if tensor.ndim else tensor.item()
 
 
-def domain_from_json(value: dict[str, object] | None) -> Domain | None:
-    """Inverse of `Box.json` and `Ball.json`; None stays None."""
+def _read_ends(value: object) -> float | list[float]:
+    return [NUMBER.read(one) for one in value] if isinstance(value, list) else NUMBER.read(value)
+
+
+def _read_norm(value: object) -> float:
+    norm = one_of(*(str(p) for p in NORMS)).read(value)
+    return float(norm)
+
+
+def _read_box(value: object) -> Box | None:
     if value is None:
         return None
-    if value.get("kind") == "box":
-        return Box(value["lower"], value["upper"])  # type: ignore[arg-type]
-    if value.get("kind") == "ball":
-        box = domain_from_json(value.get("box"))  # type: ignore[arg-type]
-        assert not isinstance(box, Ball)
-        return Ball(value["center"], float(value["radius"]), float(value["norm"]), box)  # type: ignore[arg-type]
-    raise InvalidDomain(f"Unknown kind of domain {value.get('kind')!r}.")
+    if not isinstance(value, Mapping) or value.get("kind") != "box":
+        raise ValueError("a box is expected")
+    found = domain_from_json(value)
+    assert isinstance(found, Box)
+    return found
+
+
+_ENDS = Form(_plain, _read_ends)
+_BOX = {"kind": one_of("box"), "lower": _ENDS, "upper": _ENDS}
+_BALL = {
+    "kind": one_of("ball"),
+    "center": _ENDS,
+    "radius": NUMBER,
+    "norm": Form(str, _read_norm),
+    "box": Form(Box.json, _read_box),
+}
+
+
+def domain_from_json(value: Mapping[str, Any] | None) -> Domain | None:
+    """Inverse of `Box.json` and `Ball.json`; None stays None.
+
+    Raises:
+        InvalidDomain: there is no such kind of domain.
+        NotCertified: a field is missing or unknown, or no number.
+    """
+    if value is None:
+        return None
+    kind = value.get("kind") if isinstance(value, Mapping) else None
+    if kind == "box":
+        found = read_fields(value, _BOX, set(_BOX), "the box of the record")
+        return Box(found["lower"], found["upper"])
+    if kind == "ball":
+        found = read_fields(value, _BALL, {*_BALL} - {"box"}, "the ball of the record")
+        return Ball(found["center"], found["radius"], found["norm"], found.get("box"))
+    raise InvalidDomain(f"Unknown kind of domain {kind!r}.")
