@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from lipguard.capture.capture import capture, lowers
+from lipguard.capture.capture import capture, lowers, network_of
 
-__all__ = ["capture", "lowers"]
+__all__ = ["capture", "lowers", "network_of"]

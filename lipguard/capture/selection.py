@@ -1,4 +1,4 @@
-"""What of a module's outputs is bounded: one of several tensors, a linear map of one, the difference of two classes."""
+"""What of a function is bounded: one of several output tensors, a linear map of it, of the inputs, the difference of classes."""
 
 from __future__ import annotations
 
@@ -74,6 +74,20 @@ def select(network: Network, functional: Functional) -> Network:
     row = torch.zeros(1, m, dtype=torch.float64, device=network.device)
     row[0, i], row[0, j] = 1.0, -1.0
     return network.with_outputs(row)
+
+
+def embed(network: Network, matrix: Tensor) -> Network:
+    """The network behind the linear map z -> matrix z.
+
+    Raises:
+        UnsupportedQuery: it does not fit the network.
+    """
+    d = network.inputs
+    if matrix.ndim != 2 or matrix.shape[0] != d or not matrix.shape[1] or not bool(matrix.isfinite().all()):
+        raise UnsupportedQuery(
+            f"inputs has shape {tuple(matrix.shape)}; a finite matrix ({d}, k) is needed for {d} inputs, such as torch.eye({d})."
+        )
+    return network.with_inputs(matrix)
 
 
 def _tensors(tree: Any) -> dict[str, Tensor]:

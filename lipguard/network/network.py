@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lipguard.network.nodes import Affine, Node
+from lipguard.network.nodes import Affine, Input, Node
 from lipguard.network.operators import Dense
 
 
@@ -80,6 +80,12 @@ class Network:
     def with_outputs(self, matrix: Tensor) -> Network:
         """The network followed by the linear map `matrix`, shape (k, m): for class pairs and margins."""
         return Network((*self.nodes, Affine(len(self.nodes) - 1, Dense(matrix.to(self.device, torch.float64)), None, "outputs")))
+
+    def with_inputs(self, matrix: Tensor) -> Network:
+        """The network behind the linear map `matrix`, shape (d, k): for directions, parameters and designs of inputs."""
+        first = Affine(0, Dense(matrix.to(self.device, torch.float64)), None, "inputs")
+        moved = (node.moved(lambda source: source + 1) for node in self.nodes[1:])
+        return Network((Input(matrix.shape[1]), first, *moved))
 
     @cached_property
     def digest(self) -> str:

@@ -181,7 +181,7 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...], type[Exception], str]] = {
     "power": (nn.Sequential(nn.LPPool1d(2, 2)), (1, 1, 4), errors.UnsupportedLayer, "power"),
     "deeponet of both": (made.DeepONetJoint(), (1, 11), errors.UnsupportedLayer,
         r"^model \(DeepONetJoint\): torch\.mul .*B Lip\(a\) \+ A Lip\(b\).*constant"),
-    "deeponet": (made.DeepONet(), (1, 10), errors.InvalidExample, r"takes 2 inputs \(u, y\).*holds the others fixed"),
+    "deeponet": (made.DeepONet(), (1, 10), errors.InvalidExample, r"takes 2 inputs \(u, y\).*example=\(u, y\).*inputs='u'"),
 }  # fmt: skip
 
 

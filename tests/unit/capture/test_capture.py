@@ -436,9 +436,8 @@ class Weird(nn.Module):
         return torch.erf(x)
 
 
-def test_users_add_rules_for_modules_and_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_users_add_rules_for_modules_and_functions() -> None:
     lg.capture(nn.Identity(), torch.zeros(1, 2))  # load the rules before patching the tables
-    monkeypatch.setattr("lipguard.capture.rules.registry._MODULES", _MODULES)
     with pytest.raises(errors.UnsupportedLayer, match=r"model\.0 \(Weird\): torch\.erf has no rule.*@lowers\(torch\.erf\)"):
         lg.capture(nn.Sequential(Weird()), torch.zeros(1, 2))
     try:
@@ -553,7 +552,7 @@ def test_bad_examples() -> None:
         lg.capture(model, torch.zeros(1, 784, dtype=torch.int64))
     with pytest.raises(errors.InvalidExample, match="nan or infinite"):
         lg.capture(model, torch.full((1, 784), float("nan")))
-    with pytest.raises(errors.InvalidExample, match="example is list"):
+    with pytest.raises(errors.InvalidExample, match=r"holds no tensor; a batch of shape"):
         lg.capture(model, [1.0])  # type: ignore[arg-type]
     with pytest.raises(errors.InvalidExample, match=r"fails on an example of shape \('B', 6\)"):
         lg.capture(Do(lambda fc, x: fc(x).view(-1, 7)), torch.zeros(1, 6))

@@ -1,0 +1,228 @@
+"""How a module is called: its arguments, of which one tensor varies and the others are held at the example's values."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lipguard.errors import InvalidExample, UnsupportedQuery
+
+__all__ = ["Arguments", "Call", "arguments_of", "called", "described", "required"]
+
+Path = tuple[Any, ...]
+"""Where a tensor stands in (args, kwargs): the keys and places that lead to it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call of a module as a function of one of its tensors.
+
+    Attributes:
+        args, kwargs: the arguments, each tensor that has a batch dimension cut to its first row.
+        path: where the tensor that varies stands.
+        batched: where the held tensors stand whose first row is repeated for every sample.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    path: Path
+    batched: frozenset[Path]
+
+    @property
+    def row(self) -> Tensor:
+        """The example's first row of the tensor that varies, (1, ...)."""
+        return next(tensor for path, tensor in _tensors((self.args, self.kwargs)) if path == self.path)
+
+    def at(self, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments (args, kwargs) where the tensor is x, (B, ...); held ones of floating point in the precision of x."""
+
+        def put(path: Path, tensor: Tensor) -> Tensor:
+            if path == self.path:
+                return x
+            held = tensor.to(x.dtype) if tensor.is_floating_point() else tensor
+            return held.repeat(len(x), *(1 for _ in held.shape[1:])) if path in self.batched else held.clone()
+
+        return _mapped((self.args, self.kwargs), put)
+
+
+@dataclass(frozen=True, eq=False)
+class Arguments:
+    """The arguments (args, kwargs) of a call, and what its tensors are called.
+
+    Attributes:
+        names: of every tensor, the path of it: by its argument's name and key, and by its place.
+        listed: the names that messages list.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    names: dict[str, Path]
+    listed: tuple[str, ...]
+
+    def of(self, inputs: int | str | None, place: str) -> Call:
+        """The call as a function of the tensor that `inputs` names, of the only one where it is None.
+
+        Args:
+            inputs: place or name.
+            place: of the module, for messages.
+        Raises:
+            InvalidExample: there is none, there are several and none is chosen, or it is no batch of real numbers.
+            UnsupportedQuery: there is no such tensor.
+        """
+        names = ", ".join(repr(int(name) if name.isdigit() else name) for name in self.listed)
+        if inputs is None and len(self.listed) > 1:
+            raise InvalidExample(
+                f"{place} takes {len(self.listed)} input tensors ({', '.join(self.listed)}); a Lipschitz constant is that of a "
+                f"function of one, the others being held at the example's values. Choose one with inputs=..., of {names}."
+            )
+        name = self.listed[0] if inputs is None else str(inputs)
+        if name not in self.names:
+            raise UnsupportedQuery(f"{place} has no input {inputs!r}; it has {names}. Choose one of these with inputs=...")
+        path = self.names[name]
+        tensors = dict(_tensors((self.args, self.kwargs)))
+        chosen = tensors[path]
+        _check(chosen, "example" if len(self.listed) == 1 else f"the example's input {name!r}")
+        rows = len(chosen)
+        # A tensor of as many rows is a batch like the chosen one: (B,) times, (B, n) contexts. Others are of no batch.
+        batched = frozenset(p for p, t in tensors.items() if p != path and t.ndim and len(t) == rows)
+        args, kwargs = _mapped((self.args, self.kwargs), lambda p, t: t[:1] if p == path or p in batched else t)
+        return Call(args, kwargs, path, batched)
+
+    def first(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments (args, kwargs), every tensor of a batch cut to its first row."""
+        tensors = [t for _, t in _tensors((self.args, self.kwargs)) if t.ndim]
+        rows = len(next((t for t in tensors if t.is_floating_point()), tensors[0])) if tensors else 0
+        return _mapped((self.args, self.kwargs), lambda _, t: t[:1].clone() if t.ndim and len(t) == rows else t.clone())
+
+
+def arguments_of(module: nn.Module, example: Any) -> Arguments:
+    """The call that an example means: a tensor, or a tuple, list or mapping of tensors and other values.
+
+    A sequence is spread over the arguments of the module's forward if they are as many, a mapping if its keys are their
+    names; otherwise either is the one argument. Tensors get the device of the module's weights, those of floating point their
+    precision as well.
+
+    Raises:
+        InvalidExample: there is no tensor in it.
+    """
+    example = _like_weights(module, example)
+    if isinstance(example, Mapping) and _binds(module, (), dict(example)):
+        return called(module, (), dict(example))
+    if isinstance(example, tuple | list) and not hasattr(example, "_fields") and _binds(module, tuple(example), {}):
+        return called(module, tuple(example), {})
+    return called(module, (example,), {}, bare=not isinstance(example, Tensor))
+
+
+def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bare: bool = False) -> Arguments:
+    """The arguments of a call with their names.
+
+    Args:
+        bare: the one argument holds several tensors, which are called by their own keys and places alone.
+    """
+    parameters = _parameters(module)
+    names: dict[str, Path] = {}
+    listed: list[str] = []
+    for path, _ in _tensors((args, kwargs)):
+        side, first, *rest = path
+        inner = ".".join(map(str, rest))
+        if bare:
+            mine = [inner]
+        else:
+            spoken = str(first) if side == 1 or first >= len(parameters) else parameters[first]
+            mine = [f"{head}.{inner}" if inner else head for head in dict.fromkeys((spoken, str(first)))]
+        listed.append(mine[0])
+        names |= {name: path for name in mine if name not in names}
+    if not listed:
+        raise InvalidExample("example holds no tensor; a batch of shape (B, ...) is needed, such as torch.zeros(1, 4).")
+    return Arguments(args, kwargs, names, tuple(listed))
+
+
+def required(module: nn.Module) -> list[str]:
+    """Names of the arguments without defaults that a forward takes, where it takes more than one."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    signature = _signature(module)
+    parameters = [] if signature is None else list(signature.parameters.values())
+    names = [p.name for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
+    return names if len(names) > 1 else []
+
+
+def described(example: Any) -> str:
+    """The tensors of an example, for messages: names, shapes with B for the batch, and types."""
+    if isinstance(example, Tensor):
+        return f"of shape {('B', *example.shape[1:])}, {example.dtype}"
+    parts = [f"{'.'.join(map(str, path))}: {tuple(t.shape)}, {t.dtype}" for path, t in _tensors(example)]
+    return f"of {len(parts)} tensors ({'; '.join(parts)})"
+
+
+def _check(tensor: Tensor, what: str) -> None:
+    if tensor.ndim < 2 or tensor.numel() == 0:
+        raise InvalidExample(f"{what} has shape {tuple(tensor.shape)}; a batch of shape (B, ...) with B >= 1 is needed.")
+    if not tensor.is_floating_point():
+        raise InvalidExample(f"{what} is {tensor.dtype}; a bound needs real-valued inputs, as in example.float().")
+    if not bool(tensor[0].isfinite().all()):
+        raise InvalidExample(f"{what} has nan or infinite entries.")
+
+
+def _like_weights(module: nn.Module, example: Any) -> Any:
+    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+
+    def moved(_: Path, tensor: Tensor) -> Tensor:
+        plain = tensor.detach()
+        if weight is None:
+            return plain
+        return plain.to(weight.device, weight.dtype) if plain.is_floating_point() else plain.to(weight.device)
+
+    return _mapped(example, moved)
+
+
+def _signature(module: nn.Module) -> inspect.Signature | None:
+    try:
+        # That of the class: while a module is read, its own `forward` is the tracer's.
+        signature = inspect.signature(type(module).forward)
+    except (TypeError, ValueError):  # a forward of compiled code
+        return None
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    """Names of the positional parameters of a module's forward; none behind *args."""
+    signature = _signature(module)
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [] if signature is None else [p.name for p in signature.parameters.values() if p.kind in kinds]
+
+
+def _binds(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    signature = _signature(module)
+    try:
+        return signature is not None and bool(signature.bind(*args, **kwargs).arguments)
+    except TypeError:
+        return False
+
+
+def _tensors(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    if isinstance(tree, Tensor):
+        yield path, tree
+    elif isinstance(tree, Mapping):
+        for key, part in tree.items():
+            yield from _tensors(part, (*path, key))
+    elif isinstance(tree, tuple | list):
+        for i, part in enumerate(tree):
+            yield from _tensors(part, (*path, i))
+
+
+def _mapped(tree: Any, change: Callable[[Path, Tensor], Tensor], path: Path = ()) -> Any:
+    if isinstance(tree, Tensor):
+        return change(path, tree)
+    if isinstance(tree, Mapping):
+        made = copy.copy(tree) if isinstance(tree, dict) else dict(tree)
+        made.update({key: _mapped(part, change, (*path, key)) for key, part in tree.items()})
+        return made
+    if isinstance(tree, tuple | list):
+        parts = [_mapped(part, change, (*path, i)) for i, part in enumerate(tree)]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    return tree
