@@ -80,7 +80,7 @@ class Arguments:
                 f"{place} takes {len(self.listed)} input tensors ({', '.join(self.listed)}); a Lipschitz constant is that of a "
                 f"function of one, the others being held at the example's values. Choose one with inputs=..., of {names}."
             )
-        name = self.listed[0] if inputs is None else str(inputs)
+        name = next(iter(self.listed)) if inputs is None else str(inputs)
         if name not in self.names:
             raise UnsupportedQuery(f"{place} has no input {inputs!r}; it has {names}. Choose one of these with inputs=...")
         path = self.names[name]
