@@ -24,7 +24,7 @@ from lipguard.programs.torus_blocks import Blocks, blocks
 from lipguard.solvers.frequency_spheres import FrequencySpheres
 from lipguard.solvers.low_rank import Climb, LowRank, Start
 from lipguard.verify import verify
-from lipguard.verify.rewriting import elementwise
+from lipguard.verify.rewriting import neurons_only
 
 _THINNEST = 1e-6
 """Slope intervals thinner than this are widened to it, as the checker does."""
@@ -89,7 +89,7 @@ class Channel:
         if self.solver not in ("auto", "low-rank"):
             raise UnsupportedQuery(f"lipsdp-channel has one solver, 'low-rank', not {self.solver!r}.")
         product, _ = Spectral()(network, query)
-        torus = Torus(elementwise(network))
+        torus = Torus(neurons_only(network))
         check_memory(torus)
         deadline = began + (_SECONDS if self.time_limit is None else self.time_limit)
         note, warm = "", None

@@ -10,7 +10,7 @@ from lipguard.bounds.weighted import cubes
 from lipguard.errors import UnsupportedQuery
 from lipguard.network import Affine, Conv, Network
 from lipguard.programs.torus import Torus
-from lipguard.verify.rewriting import elementwise
+from lipguard.verify.rewriting import neurons_only
 
 _QUICK = 5e10
 """Sum of the cubes of a program's fronts up to which one multiplier a neuron is affordable beside channels: 2352 convolutional
@@ -44,7 +44,7 @@ def elimination(network: Network) -> float:
     if not any(isinstance(node, Affine) and isinstance(node.operator, Conv) for node in network.nodes):
         return math.inf
     try:
-        torus = Torus(elementwise(network))
+        torus = Torus(neurons_only(network))
         check_memory(torus)
     except UnsupportedQuery:
         return math.inf

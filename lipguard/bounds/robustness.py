@@ -27,7 +27,7 @@ from lipguard.solvers.threads import one_thread
 from lipguard.verify.domain.jacobians import jacobian_magnitude, magnitude_norms
 from lipguard.verify.domain.localized import chunk_size, localized, proves
 from lipguard.verify.domain.ranges import Propagation, Regions, propagate
-from lipguard.verify.rewriting import elementwise
+from lipguard.verify.rewriting import neurons_only
 
 Method = Literal["local", "global", "spectral"]
 
@@ -117,7 +117,7 @@ def certify(
         raise InvalidDomain(f"eps={eps!r} must be a positive number, a radius in the units of the input.")
     if not 0 < tol < 1:
         raise UnsupportedQuery(f"tol={tol!r} must lie between 0 and 1.")
-    network = elementwise(capture(model, batch, submodule=submodule))
+    network = neurons_only(capture(model, batch, submodule=submodule))
     if any(isinstance(node, Implicit) for node in network.nodes):
         raise UnsupportedQuery(
             "the values of an implicit layer are not enclosed here. Bound pairs of classes: bound(outputs=(i, j))."

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from lipguard.network import implicit
 from lipguard.network.activations import Elementwise
 from lipguard.network.coupled import Coupling
 from lipguard.network.operators import Operator
+
+V = TypeVar("V")
+"""A value in another arithmetic: an enclosure, a row of coefficients, a bound."""
 
 
 class Vertex(ABC):
@@ -35,6 +39,17 @@ class Vertex(ABC):
     @abstractmethod
     def value(self, *read: Tensor) -> Tensor:
         """Its value (batch, size), from the values (batch, ...) it reads."""
+
+    def linear(
+        self, read: Sequence[V], through: Callable[[V, Operator, Tensor | None], V], total: Callable[[Sequence[V]], V]
+    ) -> V:
+        """Its value in another arithmetic, of one that maps by operators and adds: `through(v, operator, bias)`, `total(vs)`.
+
+        Raises:
+            TypeError: it is more than that: the input, or neurons.
+        """
+        del read, through, total
+        raise TypeError(f"{self.name or 'a node'} is no affine map and no sum.")
 
     @abstractmethod
     def structure(self) -> str:
@@ -122,6 +137,13 @@ class Affine(_Reader):
         y = self.operator(read[0])
         return y if self.bias is None else y + self.bias
 
+    def linear(
+        self, read: Sequence[V], through: Callable[[V, Operator, Tensor | None], V], total: Callable[[Sequence[V]], V]
+    ) -> V:
+        """Through operator and bias."""
+        del total
+        return through(read[0], self.operator, self.bias)
+
     def structure(self) -> str:
         """Source, operator, and whether there is a bias."""
         return f"affine {self.source} {operator_structure(self.operator)} {self.bias is not None}"
@@ -175,6 +197,13 @@ class Sum(Vertex):
     def value(self, *read: Tensor) -> Tensor:
         """The sum."""
         return torch.stack(read).sum(0)
+
+    def linear(
+        self, read: Sequence[V], through: Callable[[V, Operator, Tensor | None], V], total: Callable[[Sequence[V]], V]
+    ) -> V:
+        """The sum."""
+        del through
+        return total(read)
 
     def structure(self) -> str:
         """The sources."""

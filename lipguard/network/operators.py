@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from lipguard.rounding import sqrt_up
+
 
 class Operator(Protocol):
     """A linear map from R^in to R^out; called on rows (..., in), it returns rows (..., out)."""
@@ -24,6 +26,11 @@ class Operator(Protocol):
     @property
     def device(self) -> torch.device:
         """Device of the coefficients."""
+        ...
+
+    @property
+    def terms(self) -> int:
+        """Products that are added in one entry of the result, at most; 0 where entries are only moved."""
         ...
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -44,6 +51,10 @@ class Operator(Protocol):
 
     def scalar(self) -> float | None:
         """c if the map is c times the identity, else None."""
+        ...
+
+    def norm(self, p: float) -> float | None:
+        """Upper bound of the norm from p to p, p = 1, 2 or inf, where it has a closed form; else None."""
         ...
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -67,6 +78,11 @@ class Dense:
         """Device of the weight."""
         return self.weight.device
 
+    @property
+    def terms(self) -> int:
+        """One for each entry it reads."""
+        return self.weight.shape[1]
+
     def __call__(self, x: Tensor) -> Tensor:
         """Rows (..., in) to rows (..., out)."""
         return x @ self.weight.T
@@ -85,6 +101,11 @@ class Dense:
 
     def scalar(self) -> float | None:
         """None: a matrix is not looked into."""
+        return None
+
+    def norm(self, p: float) -> float | None:
+        """None: a matrix has no closed form that the checker takes for proved."""
+        del p
         return None
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -109,6 +130,11 @@ class Diagonal:
         """Device of the scale."""
         return self.scale.device
 
+    @property
+    def terms(self) -> int:
+        """One."""
+        return 1
+
     def __call__(self, x: Tensor) -> Tensor:
         """Scale every row."""
         return x * self.scale
@@ -128,6 +154,11 @@ class Diagonal:
     def scalar(self) -> float | None:
         """The number, if there is one."""
         return float(self.scale) if self.scale.ndim == 0 and not self.scale.requires_grad else None
+
+    def norm(self, p: float) -> float | None:
+        """The largest absolute value, for every p."""
+        del p
+        return float(self.scale.detach().abs().max())
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The scale."""
@@ -172,6 +203,12 @@ class Conv:
         """Device of the weight."""
         return self.weight.device
 
+    @property
+    def terms(self) -> int:
+        """One for each tap and each channel of its group on the side that is read."""
+        few = self.weight.shape[1] * self.groups if self.transposed else self.weight.shape[0]
+        return self.weight.numel() // few
+
     def __call__(self, x: Tensor) -> Tensor:
         """Rows (..., in) to rows (..., out)."""
         dims = len(self.large)
@@ -209,6 +246,11 @@ class Conv:
 
     def scalar(self) -> float | None:
         """None: a kernel is not looked into."""
+        return None
+
+    def norm(self, p: float) -> float | None:
+        """None: a convolution has no closed form that the checker takes for proved."""
+        del p
         return None
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -270,6 +312,11 @@ class Index:
         """Device of the index."""
         return self.index.device
 
+    @property
+    def terms(self) -> int:
+        """None are added, but by the adjoint: as often as an entry is read."""
+        return self.repeats() if self.transposed else 0
+
     def __call__(self, x: Tensor) -> Tensor:
         """Rows (..., in) to rows (..., out)."""
         if self.transposed:
@@ -294,6 +341,13 @@ class Index:
     def scalar(self) -> float | None:
         """None: an index is not looked into."""
         return None
+
+    def norm(self, p: float) -> float | None:
+        """A'A is diagonal and counts how often each entry is read: the square for p = 2, the largest column sum for p = 1."""
+        count = self.repeats()
+        if p == 2:
+            return float(count) if count < 2 else sqrt_up(count)
+        return float(count if (p == 1) != self.transposed else min(count, 1))
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The index."""

@@ -4,7 +4,7 @@ What a neuron is, and their order, is a convention with the provers, whose multi
 
     a pair a, b of a sort, or of the tree of a maximum:  w = |(a - b)/2|,  max = (a + b)/2 + w,  min = (a + b)/2 - w
     a reflection along v:                                w = max(-v'z, 0),  result = z + 2 v w
-    a tied group of g > 2:                               v = sort(u), all of u at once (see `slope_restricted`)
+    a tied group of g > 2:                               v = sort(u), all of u at once (see `with_tied_neurons`)
 
 Every coefficient below is a floating-point number that stands for itself, so that the rewritten network is the same
 function, without rounding; what rounds when its maps are composed is bounded by those who compose them.
@@ -13,14 +13,13 @@ function, without rounding; what rounds when its maps are composed is bounded by
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from lipguard.errors import NotCertified, UnsupportedQuery
-from lipguard.network import Activation, Affine, Coupled, Diagonal, Implicit, Index, Input, Network, Node, Operator, Sum
+from lipguard.network import Activation, Affine, Coupled, Diagonal, Index, Network, Node, Operator, Sum
 from lipguard.network.activations import PiecewiseLinear
 from lipguard.network.coupled import Maxima, Reflection, Sort, comparators
 
@@ -28,7 +27,7 @@ _LARGEST_SORTED = 16
 """Entries up to which comparators are proved to sort: by all inputs of zeros and ones."""
 
 
-def slope_restricted(network: Network) -> Network:
+def with_tied_neurons(network: Network) -> Network:
     """The network of `Multipliers`: neurons of slope intervals, and sorts of more than two entries as tied neurons.
 
     With c the number nearest to 1/g and d = 1 - g c, let m = c 1'x, u = x - 1 m, v = sort(u) = sort(x) - 1 m. Then
@@ -38,7 +37,7 @@ def slope_restricted(network: Network) -> Network:
     return _rewritten(network, tied=True)
 
 
-def elementwise(network: Network) -> Network:
+def neurons_only(network: Network) -> Network:
     """The network of phases and patterns: piecewise-linear neurons, sorts made of comparators.
 
     Raises:
@@ -47,32 +46,17 @@ def elementwise(network: Network) -> Network:
     return _rewritten(network, tied=False)
 
 
-def neuron_nodes(network: Network) -> tuple[int, ...]:
-    """The nodes whose outputs are neurons, in their order."""
-    return tuple(i for i, node in enumerate(network.nodes) if isinstance(node, Activation | Implicit | Coupled))
-
-
-def slope_ends(node: Node) -> tuple[Tensor, Tensor]:
-    """Slope interval of a neuron node; of tied neurons, the one their groups keep to."""
-    if isinstance(node, Activation | Implicit):
-        return node.function.slopes
-    assert isinstance(node, Coupled) and isinstance(node.function, Sort)
-    one = torch.ones((), dtype=torch.float64)
-    return -one, one
-
-
 def tie(network: Network, t: Tensor) -> Tensor:
     """One multiplier for each tied group: the mean of those given, which any non-negative number may replace.
 
     Args:
-        network: the outcome of `slope_restricted`.
+        network: the outcome of `with_tied_neurons`.
         t: multipliers of all neurons, (n,).
     """
     start, out = 0, t.clone()
-    for i in neuron_nodes(network):
-        node = network.nodes[i]
-        if isinstance(node, Coupled):
-            places = start + node.function.index
+    for i in network.activations:
+        if (function := network.nodes[i].tied) is not None:
+            places = start + function.index
             out[places] = t[places].mean(1, keepdim=True).expand(-1, places.shape[1])
         start += network.sizes[i]
     return out
@@ -109,27 +93,21 @@ def _rewritten(network: Network, tied: bool) -> Network:
     out, place = _Nodes(), list[int]()
     out.device = network.device
     for node in network.nodes:
-        match node:
-            case Input():
-                place.append(out.add(node))
-            case Sum():
-                place.append(out.add(replace(node, sources=tuple(place[s] for s in node.sources))))
-            case Affine() | Activation() | Implicit():
-                place.append(out.add(replace(node, source=place[node.source])))
-            case Coupled():
-                source, size = place[node.source], network.sizes[node.source]
-                match node.function:
-                    case Maxima(index=index):
-                        place.append(_windows(out, source, size, index.tolist()))
-                    case Reflection():
-                        place.append(_reflection(out, source, size, node.function))
-                    case Sort(index=index):
-                        if tied and index.shape[1] > 2:
-                            place.append(_tied(out, source, size, index))
-                        else:
-                            place.append(_sorted(out, source, size, index.tolist()))
-                    case _:
-                        raise NotCertified(f"no check knows the function {type(node.function).__name__}.")
+        if not isinstance(node, Coupled):
+            place.append(out.add(node.moved(place.__getitem__)))
+            continue
+        source, size = place[node.source], network.sizes[node.source]
+        match node.function:
+            case Maxima(index=index):
+                place.append(_windows(out, source, size, index.tolist()))
+            case Reflection():
+                place.append(_reflection(out, source, size, node.function))
+            case Sort(index=index) if tied and index.shape[1] > 2:
+                place.append(_tied(out, source, size, index))
+            case Sort(index=index):
+                place.append(_sorted(out, source, size, index.tolist()))
+            case _:
+                raise NotCertified(f"no check knows the function {type(node.function).__name__}.")
     return Network(tuple(out.nodes))
 
 

@@ -15,7 +15,7 @@ from lipguard.rounding import sqrt_up, up
 from lipguard.verify.domain.jacobians import jacobian_bounds
 from lipguard.verify.domain.localized import Localized, chunk_size, localized, proves
 from lipguard.verify.domain.ranges import Regions, propagate
-from lipguard.verify.rewriting import elementwise
+from lipguard.verify.rewriting import neurons_only
 
 _LARGEST_INFLATION = 1e-2
 """Multipliers that prove nothing within this of the proposed squared bound are refused."""
@@ -64,7 +64,7 @@ def _of_neurons(network: Network) -> Network:
     """The network with every coupled node made of neurons, whose pre-activations have ranges on a domain."""
     if any(isinstance(node, Implicit) for node in network.nodes):
         raise NotCertified("the ranges of an implicit layer on a domain are not known: its bounds are global ones.")
-    return elementwise(network)
+    return neurons_only(network)
 
 
 def least_bounds(maps: Localized, t: Tensor, rho: Tensor) -> list[float]:

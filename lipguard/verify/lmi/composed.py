@@ -9,6 +9,7 @@ on a common grid that every sum of their products is a floating-point number.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from lipguard.network import Conv, Dense, Diagonal, Index, Operator
 from lipguard.rounding import TINY, UNIT, gamma
+from lipguard.verify.enclosed import Enclosed
 
 _LARGEST = 200
 """Powers of two beyond which products might leave the normal range; then the matrix is treated in working precision."""
@@ -24,79 +26,81 @@ _LARGEST = 200
 
 @dataclass(frozen=True, eq=False)
 class Composed:
-    """high + low, up to an entrywise radius; |low| <= u |high|."""
+    """A matrix high + low, up to an entrywise radius; |low| <= u |high|.
+
+    It answers what an `Enclosed` answers where maps are composed: `through`, `sum`, `rounded`.
+    """
 
     high: Tensor
     low: Tensor
     radius: Tensor
 
     @classmethod
-    def exact(cls, matrix: Tensor) -> Composed:
-        """A matrix of floating-point numbers."""
+    def of(cls, matrix: Tensor) -> Composed:
+        """A matrix of floating-point numbers, which stands for itself."""
         return cls(matrix, torch.zeros_like(matrix), torch.zeros_like(matrix))
 
-    def rounded(self) -> tuple[Tensor, Tensor | None]:
-        """(centre, radius) in working precision; no radius where there is none."""
+    @classmethod
+    def sum(cls, parts: Sequence[Composed]) -> Composed:
+        """The sum of matrices."""
+        radius = torch.stack([part.radius for part in parts]).sum(0)
+        return _sum([part.high for part in parts], [part.low for part in parts], radius)
+
+    def rounded(self) -> Enclosed:
+        """The same in working precision: `low` goes into the radius; no radius where there is none."""
         radius = (self.low.abs() + self.radius) * (1 + 4 * UNIT)
-        return self.high, radius if bool(radius.any()) else None
+        return Enclosed(self.high, radius if bool(radius.any()) else None)
 
+    def through(self, operator: Operator) -> Composed:
+        """operator v for every row v."""
+        if not operator.terms:  # entries are moved
+            return Composed(operator(self.high), operator(self.low), operator(self.radius))
+        if isinstance(operator, Diagonal) and _powers_of_two(operator.scale):
+            return self._shifted(operator)
+        k, magnitude = operator.shape[1], operator.abs()
+        bits, error = (53 - max(k - 1, 1).bit_length()) // 2, gamma(k + 8)
+        left, right = _operator_slices(operator, bits), _slices(self.high, bits)
+        if left is None or right is None:
+            # Working precision: high + low rounds by u, k products by gamma_k, below the normal range by TINY each.
+            mass = self.high.abs() + self.low.abs()
+            radius = magnitude((self.radius + error * mass) * (1 + 4 * UNIT)) * (1 + 4 * error) + k * TINY
+            high = operator(self.high + self.low)
+            return Composed(high, torch.zeros_like(high), radius)
+        # (w1 + w2 + w3) (h1 + h2 + h3 + low) = the four products of the slices, exact, + w (h3 + low) + w3 (h1 + h2), small:
+        # of the small ones gamma_k times their magnitudes is lost.
+        (first, second, rest), (h1, h2, h3) = left, right
+        exact = [w(h) for w in (first, second) if w is not None for h in (h1, h2)]
+        tail, coarse = h3 + self.low, h1 + h2
+        small = operator(tail)
+        radius = magnitude((self.radius + error * (h3.abs() + self.low.abs())) * (1 + 4 * UNIT))
+        if rest is not None:
+            small = small + rest(coarse)
+            radius = radius + error * rest.abs()(coarse.abs())
+        radius = radius * (1 + 4 * error)
+        if rest is not None or bool(tail.any()):
+            radius = radius + k * TINY  # products below the normal range lose less than TINY each
+        return _sum(exact, [small], radius)
 
-def compose(operator: Operator, matrix: Composed) -> Composed:
-    """operator @ matrix."""
-
-    def apply(map_: Operator, x: Tensor) -> Tensor:
-        return map_(x.T).T
-
-    if isinstance(operator, Index) and not operator.transposed:  # rows are moved
-        return Composed(*(apply(operator, part) for part in (matrix.high, matrix.low, matrix.radius)))
-    if isinstance(operator, Diagonal) and _powers_of_two(operator.scale):
-        high, low, radius = apply(operator, matrix.high), apply(operator, matrix.low), apply(operator.abs(), matrix.radius)
-        # Exact but for what leaves the normal range.
-        below = (matrix.high != 0) & ((high.abs() < TINY) | ((matrix.low != 0) & (low.abs() < TINY)))
+    def _shifted(self, operator: Diagonal) -> Composed:
+        """Through powers of two: exact but for what leaves the normal range, less than TINY of each part."""
+        high, low, radius = operator(self.high), operator(self.low), operator.abs()(self.radius)
+        below = (self.high != 0) & ((high.abs() < TINY) | ((self.low != 0) & (low.abs() < TINY)))
         # A Python number times a mask would be rounded to float32, where TINY is 0.
         return Composed(high, low, radius + TINY * (below.to(radius) + (radius > 0).to(radius)))
-    k = operator.shape[1]
-    bits = (53 - max(k - 1, 1).bit_length()) // 2
-    magnitude, error = operator.abs(), gamma(k + 8)
-    left, right = _operator_slices(operator, bits), _slices(matrix.high, bits)
-    if left is None or right is None:
-        mass = matrix.high.abs() + matrix.low.abs()
-        high = apply(operator, matrix.high + matrix.low)
-        radius = apply(magnitude, (matrix.radius + error * mass) * (1 + 4 * UNIT)) * (1 + 4 * error)
-        return Composed(high, torch.zeros_like(high), radius + k * TINY)
-    # (w1 + w2 + w3) (h1 + h2 + h3 + low) = the four products of the slices, exact, + w (h3 + low) + w3 (h1 + h2), small.
-    (first, second, rest), (h1, h2, h3) = left, right
-    exact = [apply(w, h) for w in (first, second) if w is not None for h in (h1, h2)]
-    tail, coarse = h3 + matrix.low, h1 + h2
-    small = apply(operator, tail)
-    lost = matrix.radius + error * (h3.abs() + matrix.low.abs())
-    radius = apply(magnitude, lost * (1 + 4 * UNIT))
-    if rest is not None:
-        small = small + apply(rest, coarse)
-        radius = radius + error * apply(rest.abs(), coarse.abs())
-    radius = radius * (1 + 4 * error)
-    if rest is not None or bool(tail.any()):
-        radius = radius + k * TINY  # products below the normal range lose less than TINY each
-    return _sum(exact, [small], radius)
-
-
-def add(parts: list[Composed]) -> Composed:
-    """The sum of matrices."""
-    return _sum([part.high for part in parts], [part.low for part in parts], torch.stack([part.radius for part in parts]).sum(0))
 
 
 def _sum(exact: list[Tensor], small: list[Tensor], radius: Tensor) -> Composed:
     """The sum of both lists, the first without rounding but for what goes into `low`."""
-    high, mass = exact[0], exact[0].abs()
+    high = exact[0]
     lows = list(small)
     for term in exact[1:]:
         high, missed = _two_sum(high, term)
         lows.append(missed)
     total = torch.stack(lows).sum(0) if len(lows) > 1 else lows[0]
-    mass = torch.stack([low.abs() for low in lows]).sum(0)
     error = gamma(len(lows) + 4)
     high, low = _two_sum(high, total)
-    lost = error * mass if len(lows) > 1 else torch.zeros_like(mass)
+    # The sum of the lows rounds by gamma of their magnitudes.
+    lost = error * torch.stack([low.abs() for low in lows]).sum(0) if len(lows) > 1 else torch.zeros_like(high)
     return Composed(high, low, (radius + lost) * (1 + 2 * gamma(len(lows) + 8)))
 
 

@@ -32,7 +32,7 @@ from lipguard.verify.enclosed import Enclosed
 from lipguard.verify.lmi.elimination import blocks, flops, prove_rho
 from lipguard.verify.lmi.form import Block, Form, feedback_form
 from lipguard.verify.norms.matrix_norm import frobenius_bound
-from lipguard.verify.rewriting import slope_restricted, tie
+from lipguard.verify.rewriting import tie, with_tied_neurons
 
 _CLOSE, _WIDEST = 1e-6, 1.1
 """A proved rho within _CLOSE of the proposed one ends the search for a better proof; up to _WIDEST times it is accepted."""
@@ -55,7 +55,7 @@ def check_multipliers(network: Network, evidence: Multipliers, norm: tuple[float
     """
     if norm != (2.0, 2.0):
         raise NotCertified(f"multipliers prove bounds from 2-norm to 2-norm, not {norm}.")
-    given, network = network, slope_restricted(network)
+    given, network = network, with_tied_neurons(network)
     form = feedback_form(network, precise=network is not given)
     t = evidence.t.detach().to(network.device, torch.float64).flatten()
     if t.numel() != form.neurons:

@@ -23,7 +23,7 @@ from lipguard.network.activations import PiecewiseLinear
 from lipguard.rounding import gamma
 from lipguard.verify.enclosed import Enclosed
 from lipguard.verify.lmi.form import feedback_form
-from lipguard.verify.rewriting import elementwise
+from lipguard.verify.rewriting import neurons_only
 
 _DIRECTIONS = 32
 """Inputs up to which a network without biases is searched by its directions on a bounded domain: 2d facets are many."""
@@ -82,7 +82,7 @@ def phase_form(network: Network, domain: Domain | None) -> PhaseForm:
     """
     if any(isinstance(node, Implicit) for node in network.nodes):
         raise UnsupportedQuery("an implicit layer has no phases that its input alone decides.")
-    given, network = network, elementwise(network)
+    given, network = network, neurons_only(network)
     form = feedback_form(network, precise=network is not given)
     n, d = form.neurons, network.inputs
     bias, spread = _offsets(network)

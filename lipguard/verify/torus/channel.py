@@ -26,7 +26,7 @@ from lipguard.certificate import ChannelMultipliers
 from lipguard.errors import NotCertified
 from lipguard.network import Implicit, Network
 from lipguard.rounding import TINY, UNIT, gamma, prove_positive_definite, sqrt_up, sum_up, up
-from lipguard.verify.rewriting import elementwise
+from lipguard.verify.rewriting import neurons_only
 from lipguard.verify.torus.torus_form import TorusForm, Variable, finer
 
 _CHUNK = 2**19
@@ -62,7 +62,7 @@ def check_channels(network: Network, evidence: ChannelMultipliers, norm: tuple[f
         raise NotCertified(f"rho = {evidence.rho:g} scales nothing.")
     if any(isinstance(node, Implicit) for node in network.nodes):
         raise NotCertified("an implicit layer on a torus is not known.")
-    network = elementwise(network)
+    network = neurons_only(network)
     activations = set(network.activations)
     if not activations <= set(evidence.t) <= set(range(len(network.nodes))) or not set(evidence.sides) <= set(
         range(len(network.nodes))

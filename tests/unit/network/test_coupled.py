@@ -34,7 +34,7 @@ from lipguard.programs.lipsdp import lipsdp
 from lipguard.programs.rewriting import elementwise, slope_restricted
 from lipguard.solvers.threads import one_thread
 from lipguard.verify import rewriting as checked
-from lipguard.verify.lmi.composed import Composed, add, compose
+from lipguard.verify.lmi.composed import Composed
 from lipguard.verify.lmi.form import feedback_form
 
 DOUBLE = torch.float64
@@ -120,8 +120,8 @@ def same(network, x, expected, tolerance):
     for rewritten in (
         elementwise(network),
         slope_restricted(network),
-        checked.elementwise(network),
-        checked.slope_restricted(network),
+        checked.neurons_only(network),
+        checked.with_tied_neurons(network),
     ):
         torch.testing.assert_close(rewritten(x), expected, rtol=0, atol=tolerance)
     assert not any(isinstance(node, Coupled) for node in elementwise(network).nodes)
@@ -386,10 +386,10 @@ def test_comparators_that_do_not_sort_are_refused(monkeypatch):
     proposed = list(coupled.comparators(4))
     monkeypatch.setattr(checked, "comparators", lambda size: proposed[:-1])
     with pytest.raises(errors.NotCertified, match="do not sort 4 entries"):
-        checked.elementwise(network)
+        checked.neurons_only(network)
     monkeypatch.setattr(checked, "comparators", lambda size: [((0, 1), (1, 2)), *proposed])
     with pytest.raises(errors.NotCertified, match="overlap"):
-        checked.elementwise(network)
+        checked.neurons_only(network)
 
 
 @st.composite
@@ -440,8 +440,8 @@ def test_the_checkers_form_is_the_provers(made):
     module, inputs = made
     network = agree(module, inputs)
     for own, theirs in (
-        (network, checked.slope_restricted(network)),
-        (elementwise(network), checked.elementwise(network)),
+        (network, checked.with_tied_neurons(network)),
+        (elementwise(network), checked.neurons_only(network)),
     ):
         a, b, c, d = feedback_of(own).dense()
         form = feedback_form(theirs)
@@ -464,26 +464,27 @@ def test_composed_maps_enclose_the_exact_product(scale):
     maps[3] = Index(torch.tensor([1, 1, 0, 4, -1, 6, 2]), 7)
     maps[4] = Index(torch.tensor([1, 1, 0, 4, -1, 6, 2]), 7).transpose()
     start = torch.randn(7, 3, generator=generator, dtype=DOUBLE) * scale
-    enclosed, expected = Composed.exact(start), rational(start)
+    # A map is enclosed by its transpose: operators act on rows.
+    enclosed, expected = Composed.of(start.T), rational(start)
     for operator in maps:
-        enclosed, before, matrix = compose(operator, enclosed), expected, rational(operator.dense())
+        enclosed, before, matrix = enclosed.through(operator), expected, rational(operator.dense())
         expected = [
             [sum(a * b for a, b in zip(row, column, strict=True)) for column in zip(*before, strict=True)] for row in matrix
         ]
         if operator is maps[1]:  # a path beside the map
-            again = add([enclosed, Composed.exact(start)])
-            enclosed = again
+            enclosed = Composed.sum([enclosed, Composed.of(start.T)])
             expected = [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(expected, rational(start), strict=True)]
-    center, radius = enclosed.rounded()
+    rounded = enclosed.rounded()
+    assert rounded.radius is not None
     for i, j in itertools.product(range(7), range(3)):
-        assert abs(expected[i][j] - Fraction(float(enclosed.high[i, j])) - Fraction(float(enclosed.low[i, j]))) <= Fraction(
-            float(enclosed.radius[i, j])
+        assert abs(expected[i][j] - Fraction(float(enclosed.high[j, i])) - Fraction(float(enclosed.low[j, i]))) <= Fraction(
+            float(enclosed.radius[j, i])
         )
-        assert abs(expected[i][j] - Fraction(float(center[i, j]))) <= Fraction(float(radius[i, j]))
+        assert abs(expected[i][j] - Fraction(float(rounded.center[j, i]))) <= Fraction(float(rounded.radius[j, i]))
     if scale < 2.0**200:
         assert float((enclosed.radius / enclosed.high.abs().amax()).max()) < 2.0**-85
-    exact = compose(Diagonal(torch.tensor(0.5, dtype=DOUBLE), 7), Composed.exact(start))
-    assert exact.rounded()[1] is None
+    exact = Composed.of(start.T).through(Diagonal(torch.tensor(0.5, dtype=DOUBLE), 7))
+    assert exact.rounded().radius is None
 
 
 def test_long_linear_paths_keep_the_optimum():
@@ -833,13 +834,13 @@ def test_given_slopes_do_not_untie_a_group():
 
 def test_what_underflows_is_counted() -> None:
     from lipguard.network import Diagonal
-    from lipguard.verify.lmi.composed import Composed, compose
-    from lipguard.verify.point.coupled_tangent import _ends
+    from lipguard.verify.enclosed import Enclosed
+    from lipguard.verify.lmi.composed import Composed
 
     zero, tiny = torch.zeros(1, dtype=torch.float64), torch.full((1,), torch.finfo(torch.float64).tiny, dtype=torch.float64)
-    low, high = _ends((zero, tiny))
+    low, high = Enclosed(zero, tiny).ends()
     assert float(low) <= -2 * float(tiny) and float(high) >= 2 * float(tiny)
-    assert not any(bool(end) for end in _ends((zero, zero)))
+    assert not any(bool(end) for end in Enclosed(zero, zero).ends())
     half = Diagonal(torch.tensor(0.5, dtype=torch.float64), 1)
-    image = compose(half, Composed(tiny[None], zero[None], zero[None]))  # subnormal: a flush to zero would lose all of it
+    image = Composed(tiny[None], zero[None], zero[None]).through(half)  # subnormal: a flush to zero would lose all of it
     assert float(image.radius) >= float(tiny)
