@@ -20,9 +20,11 @@ from lipguard.evidence import (
     LocalMultipliers,
     Magnitudes,
     Multipliers,
+    PairBound,
     Part,
     Partition,
     Product,
+    Radius,
     Side,
     Slopes,
     SolverReport,
@@ -30,13 +32,13 @@ from lipguard.evidence import (
     Witness,
     evidence_from_record,
 )
-from lipguard.plain import NUMBER, TEXT, Form, finite, one_of, optional, read_fields, tensor
+from lipguard.plain import COUNT, NUMBER, TEXT, Form, finite, one_of, optional, read_fields, tensor
 from lipguard.query import Norm, Query, norm_pair
 
 __all__ = [
     "Ball", "Box", "Certificate", "ChannelMultipliers", "Domain", "Enclosure", "Evidence", "Factors", "Leaf", "LocalMultipliers",
-    "Magnitudes", "Multipliers", "Norm", "Part", "Partition", "Product", "Query", "Rigor", "Side", "Slopes", "SolverReport",
-    "Status", "WeightedMultipliers", "Witness", "domain_from_json", "norm_pair",
+    "Magnitudes", "Multipliers", "Norm", "PairBound", "Part", "Partition", "Product", "Query", "Radius", "RadiusCertificate",
+    "Rigor", "Side", "Slopes", "SolverReport", "Status", "WeightedMultipliers", "Witness", "domain_from_json", "norm_pair",
 ]  # fmt: skip
 
 Rigor = Literal["approximate", "verified"]
@@ -142,6 +144,40 @@ class Certificate(_Plain):
 
 
 _CERTIFICATE = Form(Certificate.to_dict, Certificate.from_dict)
+
+
+def _read_ball(value: Any) -> Ball:
+    ball = _read_domain(value)
+    if not isinstance(ball, Ball):
+        raise ValueError("a radius is stated of a ball")
+    return ball
+
+
+@dataclass(frozen=True, eq=False)
+class RadiusCertificate(_Plain):
+    """Every input of a 2-ball (and of its box) has the class `label`: that output exceeds all others there.
+
+    The statement is whole: `lipguard.verify.verify_radius` proves it from the evidence and the network, or refuses.
+    """
+
+    forms: ClassVar[Mapping[str, Form]] = {
+        "ball": Form(_DOMAIN.write, _read_ball),
+        "label": COUNT,
+        "digest": TEXT,
+        "evidence": Form(Radius.to_record, Radius.from_record),
+        "rigor": one_of(*get_args(Rigor)),
+    }
+
+    ball: Ball
+    label: int
+    digest: str
+    evidence: Radius
+    rigor: Rigor = "approximate"
+
+    @property
+    def radius(self) -> float:
+        """The ball's radius."""
+        return float(self.ball.radius)
 
 
 @dataclass(frozen=True, eq=False)

@@ -266,6 +266,54 @@ class Product(_Kind):
         return f"{len(self.factors):,} pieces"
 
 
+def _of_a_pair(record: Any) -> Multipliers | LocalMultipliers | Factors:
+    found = evidence_from_record(record)
+    if not isinstance(found, Multipliers | LocalMultipliers | Factors):
+        raise NotCertified(f"{type(found).__name__} is no evidence of a pair of outputs.")
+    return found
+
+
+_OF_A_PAIR = Form(lambda evidence: evidence.to_record(), _of_a_pair)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PairBound(_Kind):
+    """Why the difference of two outputs has a 2-norm constant on all of R^d.
+
+    The statement is about the network of neurons, coupled nodes taken apart (`lipguard.verify.rewriting.neurons_only`).
+
+    Attributes:
+        pair: (i, j) for f_i - f_j; None: multipliers of all outputs, sqrt 2 times whose constant bounds each difference.
+        evidence: multipliers of the network with the difference for its only output, by slopes on R^d; or norms of the
+            affine nodes of the network as it was read, but for the last, in whose place its rows' difference is taken.
+    """
+
+    forms: ClassVar[Mapping[str, Form]] = {"pair": optional(several(COUNT)), "evidence": _OF_A_PAIR}
+
+    pair: tuple[int, int] | None
+    evidence: Multipliers | LocalMultipliers | Factors
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Radius(_Kind):
+    """Why all inputs of a ball have one class, difference by difference of the class's output and another's.
+
+    A class that is in neither table is excluded by the ball alone: by linear propagation, or by slopes.
+
+    Attributes:
+        constants: by the other class, a constant on R^d that the margin at the centre exceeds radius times.
+        multipliers: by the other class, multipliers (n,) for the slopes on the ball, as in `LocalMultipliers`.
+    """
+
+    forms: ClassVar[Mapping[str, Form]] = {
+        "constants": by_node(Form(PairBound.to_record, PairBound.from_record)),
+        "multipliers": BY_NODE,
+    }
+
+    constants: dict[int, PairBound]
+    multipliers: dict[int, Tensor]
+
+
 Evidence = (
     Factors
     | Multipliers

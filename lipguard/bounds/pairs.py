@@ -1,4 +1,4 @@
-"""Upper bounds of |f_i - f_j|'s constant on all of R^d, for many pairs of classes at once."""
+"""Constants of f_i - f_j on all of R^d, for many pairs of classes at once: solvers propose, `verify.domain.pairs` proves."""
 
 from __future__ import annotations
 
@@ -10,67 +10,75 @@ from torch import Tensor
 
 from lipguard.bounds.local import BATCHED, solve
 from lipguard.bounds.semidefinite import Semidefinite
-from lipguard.bounds.spectral import Spectral
-from lipguard.certificate import Query
+from lipguard.bounds.spectral import layer_norm
+from lipguard.certificate import Factors, LocalMultipliers, Multipliers, PairBound, Query
 from lipguard.network import Affine, Network
 from lipguard.programs.rewriting import slope_restricted
-from lipguard.rounding import gamma
-from lipguard.verify.domain.local import least_bounds
-from lipguard.verify.domain.localized import localized
+from lipguard.verify.domain.pairs import check_pairs, pair_maps, rows_of
+from lipguard.verify.rewriting import neurons_only
 
 _MOST = 256
 """Pairs up to which each has its own semidefinite program; beyond, sqrt(2) times the constant of all outputs bounds each."""
 
 
-def pair_bounds(network: Network, pairs: Tensor, method: str, deadline: float = math.inf) -> Tensor:
-    """Verified 2-norm bounds of the functionals f_i - f_j, each at most sqrt(2) times that of all outputs.
+def pair_bounds(network: Network, pairs: Tensor, method: str, deadline: float = math.inf) -> tuple[list[PairBound], Tensor]:
+    """Evidence of the 2-norm constants of f_i - f_j, and the bounds that it proves, (P,).
 
     Args:
         network: a network with m outputs.
         pairs: (P, 2), pairs (i, j) of classes.
         method: "global" for LipSDP, "spectral" for the product of the norms.
         deadline: `time.perf_counter()` value from which programs are left as far as they came.
-    Returns:
-        (P,) float64.
     """
-    if not len(pairs):
-        return torch.zeros(0, dtype=torch.float64, device=network.device)
     if method == "spectral":
-        return _products(network, pairs)
-    if len(pairs) > _MOST:
-        whole, _ = Semidefinite(tol=1e-4, time_limit=_left(deadline))(network, Query())
-        return torch.full((len(pairs),), whole.value * math.sqrt(2) * (1 + 1e-15), dtype=torch.float64, device=network.device)
-    rows = functionals(pairs, network.outputs)
-    if slope_restricted(network).neurons <= BATCHED:
-        maps = localized(network, None)
-        maps = maps.pick(torch.zeros(len(pairs), dtype=torch.long, device=network.device)).functionals(rows[:, None])
-        values = least_bounds(maps, *solve(maps, tol=1e-4, deadline=deadline))
+        evidence = _products(network, pairs)
+    elif len(pairs) > _MOST:
+        evidence = _whole(network, pairs, deadline)
     else:
-        values = [math.nan] * len(pairs)
+        evidence = _programs(network, pairs, deadline)
+    values = check_pairs(network, evidence)
     for k, value in enumerate(values):
-        if not math.isfinite(value):  # too large for the batch, or not provable as it came out
-            certificate, _ = Semidefinite(tol=1e-4, time_limit=_left(deadline))(network.with_outputs(rows[k : k + 1]), Query())
-            values[k] = certificate.value
-    return torch.tensor(values, dtype=torch.float64, device=network.device)
+        if math.isnan(value):  # too large for the batch, or not provable as it came out
+            evidence[k] = _program(network, pairs[k : k + 1], deadline)
+            values[k] = check_pairs(network, evidence[k : k + 1])[0]
+    return evidence, torch.tensor(values, dtype=torch.float64, device=network.device)
 
 
-def functionals(pairs: Tensor, outputs: int) -> Tensor:
-    """The rows e_i - e_j, (P, m)."""
-    rows = torch.zeros(len(pairs), outputs, dtype=torch.float64, device=pairs.device)
-    return rows.scatter_add(1, pairs, rows.new_tensor([1.0, -1.0]).expand(len(pairs), -1))
-
-
-def _products(network: Network, pairs: Tensor) -> Tensor:
-    """The product of the norms before the last affine map, times the norm of w_i - w_j, its rows' difference."""
+def _products(network: Network, pairs: Tensor) -> list[PairBound]:
+    """The product of the norms before the last affine map, times the norm of the difference of its rows."""
     last = network.nodes[-1]
-    rows = functionals(pairs, network.outputs)
-    before = network
-    if isinstance(last, Affine):
-        before = Network(network.nodes[: last.source + 1])
-        rows = last.operator.transpose()(rows)
-    certificate, _ = Spectral()(before, Query())
-    # Each difference rounds once; the norm's sums are counted with it.
-    return certificate.value * torch.linalg.vector_norm(rows, dim=1) * (1 + 4 * gamma(rows.shape[1] + network.outputs + 16))
+    before = network.nodes[: last.source + 1] if isinstance(last, Affine) else network.nodes
+    evidence = Factors({i: layer_norm(node.operator, 2.0) for i, node in enumerate(before) if isinstance(node, Affine)})
+    return [PairBound((i, j), evidence) for i, j in pairs.tolist()]
+
+
+def _programs(network: Network, pairs: Tensor, deadline: float) -> list[PairBound]:
+    """All pairs' programs as one batch, where the network is small enough for it."""
+    neurons = neurons_only(network)
+    if slope_restricted(neurons).neurons > BATCHED:
+        return [_program(network, pair[None], deadline) for pair in pairs]
+    maps = pair_maps(neurons, pairs)
+    t, rho = solve(maps, tol=1e-4, deadline=deadline)
+    full = torch.ones(len(pairs), neurons.neurons, dtype=torch.float64, device=t.device).scatter(1, maps.index, t)
+    own = zip(pairs.tolist(), full, rho.tolist(), strict=True)
+    return [PairBound((i, j), LocalMultipliers(multipliers, value)) for (i, j), multipliers, value in own]
+
+
+def _program(network: Network, pair: Tensor, deadline: float) -> PairBound:
+    """The program of one pair; the product of the norms where it proves no less."""
+    own = neurons_only(network).with_outputs(rows_of(pair, network))
+    certificate, _ = Semidefinite(tol=1e-4, time_limit=_left(deadline))(own, Query())
+    if not isinstance(certificate.evidence, Multipliers):
+        return _products(network, pair)[0]
+    return PairBound((int(pair[0, 0]), int(pair[0, 1])), certificate.evidence)
+
+
+def _whole(network: Network, pairs: Tensor, deadline: float) -> list[PairBound]:
+    """One program of all outputs for many pairs."""
+    certificate, _ = Semidefinite(tol=1e-4, time_limit=_left(deadline))(neurons_only(network), Query())
+    if not isinstance(certificate.evidence, Multipliers):
+        return _products(network, pairs)
+    return [PairBound(None, certificate.evidence)] * len(pairs)
 
 
 def _left(deadline: float) -> float | None:

@@ -1,15 +1,14 @@
 """Certified robustness: the radius around each sample in which its class is proved to stay, as a function of a batch.
 
-Sample x of class y keeps its class on the ball of radius r where f_y - f_j > 0 for every other class j. This is proved if
-f_y(x) - f_j(x) > L r for a constant L of f_y - f_j, on R^d (Tsuzuku et al. 2018, arXiv:1802.04034) or on the ball itself,
-or if linear propagation bounds the difference from below by a positive number. Everything is rounded outward.
+Radii are proposed here, by bisection, and proved by `lipguard.verify.domain.radii`; what proves each is kept.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -17,25 +16,65 @@ from torch import Tensor, nn
 
 from lipguard.bounds.counterexample import nearest_found
 from lipguard.bounds.local import BATCHED, solve
-from lipguard.bounds.pairs import functionals, pair_bounds
+from lipguard.bounds.pairs import pair_bounds
 from lipguard.capture.capture import capture
-from lipguard.certificate import Box
+from lipguard.certificate import Ball, Box, PairBound, Radius, RadiusCertificate
 from lipguard.errors import InvalidDomain, InvalidExample, UnknownName, UnsupportedQuery
 from lipguard.network import Implicit, Network
 from lipguard.programs.rewriting import slope_restricted
 from lipguard.solvers.threads import one_thread
-from lipguard.verify.domain.jacobians import jacobian_magnitude, magnitude_norms
-from lipguard.verify.domain.localized import chunk_size, localized, proves
-from lipguard.verify.domain.ranges import Propagation, Regions, propagate
+from lipguard.verify.domain.localized import chunk_size
+from lipguard.verify.domain.radii import Balls, Samples
 from lipguard.verify.rewriting import neurons_only
 
 Method = Literal["local", "global", "spectral"]
 
-_INSIDE = 1 - 2.0**-40
-"""Factor that keeps a quotient below the true one, and a strict inequality strict."""
+_RESERVE = 2.0**-34
+"""Share of a radius or a constant that is left over, so that the proof succeeds again in any order of summation."""
 
 _DOUBLINGS = 30
 _TURNS = 100
+
+
+@dataclass(frozen=True, eq=False)
+class Constants:
+    """Proved constants of differences on R^d: `values` (m, m), inf where none is known, and their evidence (i < j)."""
+
+    values: Tensor
+    evidence: dict[tuple[int, int], PairBound]
+
+
+@dataclass(frozen=True, eq=False)
+class Proofs:
+    """What proves the radii of a batch.
+
+    Attributes:
+        digest: of the network.
+        x, y, box: samples (B, d), classes (B,), and the inputs there are.
+        constants: on R^d; None where there are none.
+        reached: radii that the constants prove of each difference, (B, m - 1).
+        multipliers: for each sample by the other class, (n,).
+    """
+
+    digest: str
+    x: Tensor
+    y: Tensor
+    box: Box | None
+    constants: Constants | None
+    reached: Tensor
+    multipliers: list[dict[int, Tensor]]
+
+    def certificate(self, i: int, radius: float) -> RadiusCertificate:
+        """The statement of sample i."""
+        y = int(self.y[i])
+        others = [j for j in range(self.reached.shape[1] + 1) if j != y]
+        by_constants = [j for j, reach in zip(others, self.reached[i].tolist(), strict=True) if reach >= radius]
+        known = {} if self.constants is None else self.constants.evidence
+        evidence = Radius(
+            {j: known[min(y, j), max(y, j)] for j in by_constants if (min(y, j), max(y, j)) in known},
+            {j: t for j, t in self.multipliers[i].items() if j not in by_constants},
+        )
+        return RadiusCertificate(Ball(self.x[i], radius, 2.0, self.box), y, self.digest, evidence, "verified")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +90,7 @@ class Robustness:
         complete: whether the sample was treated in full before the time limit.
         eps, method: as asked.
         seconds: spent.
+        proofs: what proves the radii.
     """
 
     predicted: Tensor
@@ -62,6 +102,19 @@ class Robustness:
     eps: float
     method: Method
     seconds: float
+    proofs: Proofs = field(repr=False)
+
+    @cached_property
+    def certificates(self) -> tuple[RadiusCertificate | None, ...]:
+        """One statement for each sample with its evidence, which `lipguard.verify.verify_radius` proves; None without a class.
+
+        A radius of 0 says that the sample itself has its class.
+        """
+        stated = (self.correct & (self.margin > 0)).tolist()
+        return tuple(
+            self.proofs.certificate(i, radius) if good else None
+            for i, (good, radius) in enumerate(zip(stated, self.radius.tolist(), strict=True))
+        )
 
     @property
     def accuracy(self) -> float:
@@ -117,20 +170,24 @@ def certify(
         raise InvalidDomain(f"eps={eps!r} must be a positive number, a radius in the units of the input.")
     if not 0 < tol < 1:
         raise UnsupportedQuery(f"tol={tol!r} must lie between 0 and 1.")
-    network = neurons_only(capture(model, batch, submodule=submodule))
+    captured = capture(model, batch, submodule=submodule)
+    network = neurons_only(captured)
     if any(isinstance(node, Implicit) for node in network.nodes):
         raise UnsupportedQuery(
             "the values of an implicit layer are not enclosed here. Bound pairs of classes: bound(outputs=(i, j))."
         )
-    samples, classes = _checked(network, batch, labels, box)
+    x, y = _checked(network, batch, labels, box)
     deadline = math.inf if time_limit is None else began + time_limit
-    task = _Task(network, method, float(eps), box, radii, max(float(eps), largest), tol, deadline)
     step = max(1, min(64, chunk_size(network)))
     with one_thread(), torch.no_grad():
-        lipschitz = _table(network, samples, classes, _first(task), deadline)
-        parts = [_part(task, samples[i : i + step], classes[i : i + step], lipschitz) for i in range(0, len(samples), step)]
-    predicted, correct, margin, radius, certified, complete = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Robustness(predicted, correct, margin, radius, certified, complete, float(eps), method, time.perf_counter() - began)
+        first = _first(method, radii, network)
+        constants = None if first is None else _constants(captured, network, x, y, first, deadline)
+        task = _Task(network, method, float(eps), radii, max(float(eps), largest), tol, deadline, constants)
+        parts = [_part(task, Samples.of(network, x[i : i + step], y[i : i + step], box)) for i in range(0, len(x), step)]
+    predicted, correct, margin, radius, complete, reached = (torch.cat(column) for column in zip(*parts, strict=True))
+    proofs = Proofs(captured.digest, x, y, box, constants, reached, task.multipliers)
+    seconds = time.perf_counter() - began
+    return Robustness(predicted, correct, margin, radius, radius >= eps, complete, float(eps), method, seconds, proofs)
 
 
 def _checked(network: Network, batch: Tensor, labels: Tensor, box: Box | None) -> tuple[Tensor, Tensor]:
@@ -163,96 +220,89 @@ def _checked(network: Network, batch: Tensor, labels: Tensor, box: Box | None) -
 
 @dataclass(frozen=True, eq=False)
 class _Task:
+    """What is asked, with what is known on R^d; `multipliers` collects those of each sample by the other class."""
+
     network: Network
     method: Method
     eps: float
-    box: Box | None
     radii: bool
     largest: float
     tol: float
     deadline: float
+    constants: Constants | None
+    multipliers: list[dict[int, Tensor]] = field(default_factory=list)
 
     @property
     def late(self) -> bool:
         return time.perf_counter() > self.deadline
 
+    def at(self, samples: Samples) -> Tensor:
+        """The constants of the samples' differences on R^d, (K, m - 1); inf where none is known."""
+        if self.constants is None:
+            return torch.full_like(samples.margins, math.inf)
+        return self.constants.values[samples.y].gather(1, samples.others)
+
 
 _Part = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _part(task: _Task, x: Tensor, y: Tensor, lipschitz: Tensor | None) -> _Part:
-    network = task.network
-    rows = _differences(y, network.outputs)
-    margins = -_propagated(task, x, torch.zeros_like(x[:, 0])).largest(len(network.nodes) - 1, -rows)
-    margin = margins.amin(1)
-    predicted = network(x).argmax(1)
-    correct = predicted == y
+def _part(task: _Task, samples: Samples) -> _Part:
+    margin = samples.margins.amin(1)
+    predicted = task.network(samples.x).argmax(1)
+    correct = predicted == samples.y
     usable = correct & (margin > 0)
-    each = torch.zeros_like(margins)
-    if lipschitz is not None:
-        each = margins / lipschitz[y].gather(1, _others(y, network.outputs)).clamp_min(1e-300) * _INSIDE
-    radius = torch.where(usable, each.amin(1), torch.zeros_like(margin)).clamp(0.0, task.largest)
+    # The margins as the checker may find them another time: other orders of summation differ by far less than what is
+    # granted for all roundings.
+    margins = samples.margins - samples.spread / 8
+    reached = (margins / task.at(samples).clamp_min(1e-300) * (1 - _RESERVE)).clamp(0.0, task.largest)
+    radius = torch.where(usable, reached.amin(1), torch.zeros_like(margin))
+    balls = Balls(samples, radius)
+    balls.by_constants(task.at(samples))
+    radius = torch.where(balls.proved.all(1), radius, torch.zeros_like(radius))
     complete = torch.ones_like(correct)
+    found: list[dict[int, Tensor]] = [{} for _ in samples.y]
     if task.method == "local":
-        radius, complete = _search(task, x, y, rows, margins, each, torch.where(usable, radius, -torch.ones_like(radius)))
+        radius, complete = _search(task, samples, torch.where(usable, radius, -torch.ones_like(radius)), found)
     if not task.radii:
         radius = torch.where(radius >= task.eps, torch.full_like(radius, task.eps), torch.zeros_like(radius))
-    return predicted, correct, margin, radius, radius >= task.eps, complete
+    task.multipliers.extend(found)
+    return predicted, correct, margin, radius, complete, reached
 
 
-def _first(task: _Task) -> Method | None:
+def _first(method: Method, radii: bool, network: Network) -> Method | None:
     """The method of the constants on R^d: with "local" they save programs where many radii are sought."""
-    if task.method != "local":
-        return task.method
-    return None if not task.radii else "global" if slope_restricted(task.network).neurons <= BATCHED else "spectral"
+    if method != "local":
+        return method
+    return None if not radii else "global" if slope_restricted(network).neurons <= BATCHED else "spectral"
 
 
-def _table(network: Network, samples: Tensor, classes: Tensor, method: Method | None, deadline: float) -> Tensor | None:
-    """Bounds of the pairs that are needed, (m, m), inf elsewhere."""
-    if method is None:
-        return None
+def _constants(captured: Network, network: Network, x: Tensor, y: Tensor, method: Method, deadline: float) -> Constants:
+    """Constants of the pairs that are needed: those of classes that some sample has rightly."""
     m = network.outputs
-    y = torch.cat([network(part).argmax(1) for part in samples.split(4096)])
-    asked = torch.zeros(m, m, dtype=torch.bool, device=samples.device)
-    asked[classes[classes == y]] = True
+    predicted = torch.cat([network(part).argmax(1) for part in x.split(4096)])
+    asked = torch.zeros(m, m, dtype=torch.bool, device=x.device)
+    asked[y[predicted == y]] = True
     asked = (asked | asked.T).triu(1)
     pairs = asked.nonzero()
-    table = torch.full((m, m), math.inf, dtype=torch.float64, device=samples.device)
-    table[pairs[:, 0], pairs[:, 1]] = pair_bounds(network, pairs, method, deadline)
-    return torch.minimum(table, table.T)
+    values = torch.full((m, m), math.inf, dtype=torch.float64, device=x.device)
+    evidence, proved = pair_bounds(captured, pairs, method, deadline)
+    values[pairs[:, 0], pairs[:, 1]] = proved
+    return Constants(torch.minimum(values, values.T), {(i, j): e for (i, j), e in zip(pairs.tolist(), evidence, strict=True)})
 
 
-def _others(y: Tensor, m: int) -> Tensor:
-    """The classes other than y, (B, m - 1)."""
-    every = torch.arange(m - 1, device=y.device).expand(len(y), -1)
-    return every + (every >= y[:, None])
-
-
-def _differences(y: Tensor, m: int) -> Tensor:
-    """Rows e_y - e_j for every other class j, (B, m - 1, m)."""
-    others = _others(y, m)
-    pairs = torch.stack([y[:, None].expand_as(others), others], 2)
-    return functionals(pairs.reshape(-1, 2), m).reshape(len(y), m - 1, m)
-
-
-def _propagated(task: _Task, x: Tensor, radius: Tensor) -> Propagation:
-    return propagate(task.network, Regions.around(x, radius, task.box))
-
-
-def _search(
-    task: _Task, x: Tensor, y: Tensor, rows: Tensor, margins: Tensor, each: Tensor, start: Tensor
-) -> tuple[Tensor, Tensor]:
+def _search(task: _Task, samples: Samples, start: Tensor, found: list[dict[int, Tensor]]) -> tuple[Tensor, Tensor]:
     """Proved radii by bisection between those proved already and an input of another class; and where the time sufficed.
 
     Args:
         task: what was asked.
-        x, y, rows, margins: samples, classes, differences and their lower bounds at the samples.
-        each: radii proved for each difference, (B, m - 1).
-        start: the smallest of them, -1 where nothing can be proved.
+        samples: the checker's.
+        start: radii that the constants prove, -1 where nothing can be proved.
+        found: by sample, takes the multipliers of the largest radius that was proved with any.
     """
-    low = start.clamp_min(0)
     # No proof reaches beyond an input of another class; slightly beyond it the search may still ask.
-    high = torch.where(start < 0, low, nearest_found(task.network, x, y, task.box) if task.radii else math.inf)
+    nearest = nearest_found(task.network, samples.x, samples.y, samples.box) if task.radii else math.inf
+    low = start.clamp_min(0)
+    high = torch.where(start < 0, low, nearest)
     trial = torch.full_like(low, task.eps)
     active = (start >= 0) & (low < task.eps) & (high > task.eps)
     for turn in range(_TURNS):
@@ -260,9 +310,11 @@ def _search(
         if task.late and len(which):
             return low, ~active
         if len(which):
-            holds = _holds(task, x[which], rows[which], margins[which], each[which], trial[which])
+            holds, multipliers = _holds(task, samples.pick(which), trial[which])
             low[which[holds]] = trial[which[holds]]
             high[which[~holds]] = trial[which[~holds]]
+            for i, good, own in zip(which.tolist(), holds.tolist(), multipliers, strict=True):
+                found[i] = own if good else found[i]
         if not task.radii or (turn and not len(which)):
             break
         active = (start >= 0) & (high > task.tol * task.eps) & (low < task.largest)
@@ -272,31 +324,32 @@ def _search(
     return low, torch.ones_like(start, dtype=torch.bool)
 
 
-def _holds(task: _Task, x: Tensor, rows: Tensor, margins: Tensor, each: Tensor, radius: Tensor) -> Tensor:
-    """Whether every difference is proved positive on each ball, (K,)."""
-    network = task.network
-    found = _propagated(task, x, radius)
-    quotient = margins / radius[:, None] * _INSIDE
-    k, pairs = margins.shape
-    slopes = magnitude_norms(jacobian_magnitude(found, rows).reshape(k * pairs, 1, -1), (2.0, 2.0)).reshape(k, pairs)
-    proved = (each >= radius[:, None]) | (slopes < quotient) | (found.largest(len(network.nodes) - 1, -rows) < 0)
-    if bool(proved.all()):
-        return proved.all(1)
-    maps = localized(network, found)
+def _holds(task: _Task, samples: Samples, radius: Tensor) -> tuple[Tensor, list[dict[int, Tensor]]]:
+    """Whether every difference is proved positive on each ball, (K,), and by which multipliers, where it took any."""
+    balls = Balls(samples, radius)
+    balls.by_constants(task.at(samples))
+    balls.by_themselves()
+    multipliers: list[dict[int, Tensor]] = [{} for _ in samples.y]
 
     def attempt(which: Tensor) -> None:
-        """The semidefinite programs of the pairs (sample, difference), as far as the cut-off decides them."""
-        if len(which):
-            sample, pair = which.unbind(1)
-            own = maps.pick(sample).functionals(rows[sample, pair][:, None])
-            cut = (quotient[sample, pair] * _INSIDE).square()
-            t, _ = solve(own, cutoff=cut, iterations=40, deadline=task.deadline)
-            proved[sample, pair] = proves(own, t, cut)
+        """The semidefinite programs of the chosen differences, as far as the cut-off decides them."""
+        if not len(which):
+            return
+        maps = balls.local_maps(which)
+        cut = (balls.needed[which[:, 0], which[:, 1]] * (1 - 2 * _RESERVE)).square()
+        t, _ = solve(maps, cutoff=cut, iterations=40, deadline=task.deadline)
+        proved = balls.by_multipliers(which, maps, t, _RESERVE)
+        full = torch.ones(len(t), task.network.neurons, dtype=torch.float64, device=t.device)
+        full.scatter_(1, torch.where(maps.present, maps.index, maps.index[:, :1]), torch.where(maps.present, t, t[:, :1]))
+        for (k, pair), good, own in zip(which.tolist(), proved.tolist(), full, strict=True):
+            if good:
+                multipliers[k][int(samples.others[k, pair])] = own
 
-    # The difference that is furthest from a proof first: mostly it decides the ball.
-    need = (slopes / quotient).masked_fill(proved, -1.0)
-    undecided = (~proved.all(1)).nonzero()[:, 0]
-    attempt(torch.stack([undecided, need[undecided].argmax(1)], 1))
-    attempted = proved.gather(1, need.argmax(1, keepdim=True))[:, 0]
-    attempt((~proved & attempted[:, None]).nonzero())
-    return proved.all(1)
+    if not bool(balls.proved.all()):
+        # The difference that is furthest from a proof first: mostly it decides the ball.
+        need = (balls.slopes / balls.needed).masked_fill(balls.proved, -1.0)
+        undecided = (~balls.proved.all(1)).nonzero()[:, 0]
+        attempt(torch.stack([undecided, need[undecided].argmax(1)], 1))
+        attempted = balls.proved.gather(1, need.argmax(1, keepdim=True))[:, 0]
+        attempt((~balls.proved & attempted[:, None]).nonzero())
+    return balls.proved.all(1), multipliers

@@ -27,6 +27,7 @@ from lipguard.certificate import (
 from lipguard.errors import NotCertified
 from lipguard.network import Network
 from lipguard.verify.domain.local import check_local_multipliers, check_slopes
+from lipguard.verify.domain.radii import verify_radii, verify_radius
 from lipguard.verify.lmi.multipliers import check_multipliers
 from lipguard.verify.lmi.split import check_product
 from lipguard.verify.lmi.weighted import check_weighted
@@ -36,7 +37,7 @@ from lipguard.verify.phases.partition import check_partition
 from lipguard.verify.point.witness import check_witness
 from lipguard.verify.torus.channel import check_channels
 
-__all__ = ["verify", "verify_local"]
+__all__ = ["verify", "verify_local", "verify_radii", "verify_radius"]
 
 
 def verify(network: Network, certificate: Certificate) -> Certificate:

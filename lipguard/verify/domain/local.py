@@ -31,7 +31,7 @@ def check_local_multipliers(
     """
     if norm != (2.0, 2.0):
         raise NotCertified(f"local multipliers prove bounds from 2-norm to 2-norm, not {norm}.")
-    network = _of_neurons(network)
+    network = of_neurons(network)
     for item in evidence:
         if item.t.numel() != network.neurons:
             raise NotCertified(f"{item.t.numel()} local multipliers are given for {network.neurons} neurons.")
@@ -51,7 +51,7 @@ def check_slopes(network: Network, domains: Sequence[Domain], norm: tuple[float,
     Raises:
         NotCertified: the network has an implicit layer.
     """
-    network = _of_neurons(network)
+    network = of_neurons(network)
 
     def check(chunk: slice) -> list[float]:
         propagation = propagate(network, Regions.of(domains[chunk], network.inputs, network.device))
@@ -60,7 +60,7 @@ def check_slopes(network: Network, domains: Sequence[Domain], norm: tuple[float,
     return _chunks(network, len(domains), check)
 
 
-def _of_neurons(network: Network) -> Network:
+def of_neurons(network: Network) -> Network:
     """The network with every coupled node made of neurons, whose pre-activations have ranges on a domain."""
     if any(isinstance(node, Implicit) for node in network.nodes):
         raise NotCertified("the ranges of an implicit layer on a domain are not known: its bounds are global ones.")
