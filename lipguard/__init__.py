@@ -10,7 +10,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Ball",
@@ -26,7 +26,9 @@ __all__ = [
     "Network",
     "Query",
     "Robustness",
+    "Trace",
     "Tracker",
+    "Value",
     "bound",
     "capture",
     "certify",
@@ -49,7 +51,9 @@ _HOMES = {
     "Network": "network",
     "Query": "query",
     "Robustness": "bounds.robustness",
+    "Trace": "capture.trace",
     "Tracker": "bounds.tracker",
+    "Value": "capture.trace",
     "bound": "bounds",
     "capture": "capture",
     "certify": "bounds.robustness",
@@ -71,6 +75,7 @@ if TYPE_CHECKING:
         LipschitzRegularizer,
     )
     from lipguard.capture.capture import capture, lowers
+    from lipguard.capture.trace import Trace, Value
     from lipguard.certificate import Ball, Box, Certificate, Enclosure
     from lipguard.exact import exact
     from lipguard.network import Network
@@ -88,18 +93,19 @@ class _Package(ModuleType):
 sys.modules[__name__].__class__ = _Package
 
 
-_SUBMODULES = ("nn", "penalties")
+_SUBMODULES = ("audit", "callbacks", "errors", "nn", "penalties", "registry")
 
 
 def __getattr__(name: str) -> object:
     if name in _SUBMODULES:
         return importlib.import_module(f"lipguard.{name}")
     if name not in _HOMES:
-        raise AttributeError(f"module 'lipguard' has no attribute {name!r}; it has {', '.join(__all__)}.")
+        raise AttributeError(f"module 'lipguard' has no attribute {name!r}; it has {', '.join([*__all__, *_SUBMODULES])}.")
     value = getattr(importlib.import_module(f"lipguard.{_HOMES[name]}"), name)
-    globals()[name] = value
+    if _HOMES[name] != "callbacks":  # those are looked up anew each time: see lipguard.callbacks
+        globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_SUBMODULES})

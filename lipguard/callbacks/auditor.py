@@ -26,6 +26,7 @@ from lipguard.callbacks.base import Callback
 from lipguard.callbacks.checkpoint_saves import bypassed, watch
 from lipguard.callbacks.example import first_sample, module_example
 from lipguard.callbacks.outward import outward
+from lipguard.callbacks.progress import waiting
 from lipguard.certificate import Ball, Box
 from lipguard.errors import InvalidExample, LimitExceeded, LipguardError, UnsupportedQuery
 
@@ -372,17 +373,12 @@ class CheckpointAuditor(Callback):
         total = self._pool.open
         if not total:
             return
-        from rich.console import Console
-        from rich.progress import Progress
-
         deadline = time.monotonic() + self._pool.patience
-        shown = trainer.progress_bar_callback is not None
-        with Progress(console=Console(stderr=True), transient=True, disable=not shown) as progress:
-            task = progress.add_task("Auditing the last checkpoints", total=total)
+        with waiting("Auditing the last checkpoints", total, trainer.progress_bar_callback is not None) as done:
             while self._pool.open and time.monotonic() < deadline:
                 self._pool.wait(0.2)
                 self._advance(trainer)
-                progress.update(task, completed=total - self._pool.open)
+                done(total - self._pool.open)
         if self._pool.open:
             self._warn(f"{self._pool.open} audits did not end in time; lipguard audit finishes them.")
 

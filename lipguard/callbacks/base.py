@@ -1,39 +1,64 @@
 """The Callback base class: one class for both families, `lightning` and `pytorch_lightning`.
 
-The two packages carry separate copies of the same classes. The base class derives from the copy of every family that is
-loaded, or of every one installed where none is loaded yet: the Trainer and the LightningCLI of either then accept it,
-whichever import comes first. A family that is installed but not in use is left alone, as importing it would redirect
-the other's log messages.
+The two packages carry separate copies of the same classes, and importing either has effects on the other: it redirects log
+messages. The base class therefore loads neither when it is imported. It derives from the `Callback` of every family that is
+loaded when a callback is constructed, or looked up in `lipguard` or `lipguard.callbacks` (as LightningCLI does), and where
+none is, constructing one loads `lightning`, or `pytorch_lightning` if that alone is installed.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
-__all__ = ["Callback"]
+__all__ = ["Callback", "adopt_loaded_families"]
+
+_FAMILIES = ("lightning.pytorch", "pytorch_lightning")
 
 
-def _families() -> tuple[type, ...]:
-    names = ("lightning.pytorch", "pytorch_lightning")
-    bases: list[type] = []
-    for name in [name for name in names if name in sys.modules] or names:
-        try:
-            bases.append(importlib.import_module(name).Callback)
-        except ModuleNotFoundError as error:
-            if error.name not in (name, name.partition(".")[0]):
-                raise  # the family is there but one of its own requirements is not: its message says which
-    if not bases:
-        raise ModuleNotFoundError(
-            "lipguard.callbacks needs Lightning, and neither `lightning` nor `pytorch_lightning` is installed. "
-            "Run `pip install lightning`, or use lipguard.Tracker in a plain PyTorch loop.",
-            name="lightning",
-        )
-    return tuple(bases)
+class _NoFamily:
+    """Stands in for a family's Callback until one is loaded: `__bases__` of a direct subclass of `object` cannot be changed."""
 
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
 else:
-    Callback = type("Callback", _families(), {"__doc__": "Base class of lipguard's callbacks."})
+
+    class Callback(_NoFamily):
+        """Base class of lipguard's callbacks."""
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+            """An instance of the Callback of every family in use."""
+            adopt_loaded_families()
+            if Callback.__bases__ == (_NoFamily,):
+                _load_one()
+                adopt_loaded_families()
+            return super().__new__(cls)
+
+
+def adopt_loaded_families() -> None:
+    """Make `Callback` a subclass of the `Callback` of every family loaded so far."""
+    bases = tuple(base for name in _FAMILIES if (base := getattr(sys.modules.get(name), "Callback", None)) is not None)
+    if bases and Callback.__bases__ != bases:
+        Callback.__bases__ = bases
+
+
+def _load_one() -> None:
+    """Load the first family that is installed.
+
+    Raises:
+        ModuleNotFoundError: none is, or one of its own requirements is missing.
+    """
+    for name in _FAMILIES:
+        try:
+            importlib.import_module(name)
+            return
+        except ModuleNotFoundError as error:
+            if error.name not in (name, name.partition(".")[0]):
+                raise  # the family is there but one of its own requirements is not: its message says which
+    raise ModuleNotFoundError(
+        "lipguard.callbacks needs Lightning, and neither `lightning` nor `pytorch_lightning` is installed. "
+        "Run `pip install lightning`, or use lipguard.Tracker in a plain PyTorch loop.",
+        name="lightning",
+    )

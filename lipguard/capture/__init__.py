@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from lipguard.capture.capture import capture, lowers, network_of
+from lipguard.capture.trace import Trace, Value
 
-__all__ = ["capture", "lowers", "network_of"]
+__all__ = ["Trace", "Value", "capture", "lowers", "network_of"]

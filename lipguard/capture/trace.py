@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lipguard.capture.rules.registry import canonical, function_rule, module_rule
+from lipguard.capture.rules.registry import canonical, function_rule, module_rule, torch_activation
 from lipguard.errors import InvalidModel, UnsupportedLayer
 from lipguard.network import Activation, Affine, Coupled, Coupling, Implicit, Input, Node, Sum
 from lipguard.network.activations import Elementwise
@@ -144,8 +144,10 @@ class Trace:
         """operator(x) + bias."""
         return self._emit(Affine(x.node, operator, bias, self.path))
 
-    def activation(self, x: Value, function: Elementwise) -> int:
-        """The function on every entry of x."""
+    def activation(self, x: Value, function: Elementwise | Callable[..., object]) -> int:
+        """The function on every entry of x: an `Elementwise`, or a torch function whose own rule gives one (`torch.tanh`)."""
+        if not isinstance(function, Elementwise):
+            return torch_activation(self, x, function)
         return self._emit(Activation(x.node, function, self.path))
 
     def coupled(self, x: Value, function: Coupling) -> int:

@@ -42,7 +42,7 @@ class Conic:
 
         name = self.solver.upper()
         if name not in cp.installed_solvers():
-            raise SolverUnavailable(f"{self.solver} is not installed for CVXPY. pip install {self.solver.lower()}.")
+            raise SolverUnavailable(f'{self.solver} is not installed for CVXPY. pip install "lipguard[{self.solver.lower()}]".')
         n = program.neurons
         groups = n if program.groups is None else int(program.groups.max()) + 1
         tau, rho = cp.Variable(groups), cp.Variable(program.channels if program.free else 1)

@@ -21,7 +21,7 @@ _LOCAL = threading.local()
 def refusal(program: MixedIntegerProgram) -> str | None:
     """Why HiGHS cannot take the program: quadratic terms, or not installed."""
     if importlib.util.find_spec("highspy") is None:
-        return "highspy is not installed. pip install highspy."
+        return 'highspy is not installed. pip install "lipguard[highs]".'
     if program.quadratic:
         return "HiGHS solves mixed-integer programs without quadratic terms only."
     return None
@@ -151,7 +151,7 @@ def _silent() -> Any:
     try:
         import highspy
     except ImportError as error:
-        raise SolverUnavailable("highspy is not installed. pip install highspy.") from error
+        raise SolverUnavailable('highspy is not installed. pip install "lipguard[highs]".') from error
 
     class Silent(highspy.Highs):
         """HiGHS logs its banner while its constructor enables callbacks (seen in 1.16): the output goes off just before."""

@@ -22,7 +22,7 @@ def refusal(program: MixedIntegerProgram) -> str | None:
     """Why SCIP cannot take the program: only when it is not installed."""
     del program
     if importlib.util.find_spec("pyscipopt") is None:
-        return "pyscipopt is not installed. pip install pyscipopt."
+        return 'pyscipopt is not installed. pip install "lipguard[scip]".'
     return None
 
 
@@ -39,7 +39,7 @@ def solve(
     try:
         import pyscipopt
     except ImportError as error:
-        raise SolverUnavailable("pyscipopt is not installed. pip install pyscipopt.") from error
+        raise SolverUnavailable('pyscipopt is not installed. pip install "lipguard[scip]".') from error
     model = pyscipopt.Model()
     model.hideOutput()
     with tempfile.TemporaryDirectory(prefix="lipguard-scip-") as folder:

@@ -12,9 +12,14 @@ import importlib
 import importlib.metadata
 from collections.abc import Callable
 from functools import cache
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
+
+from lipguard.network import Activation
+
+if TYPE_CHECKING:
+    from lipguard.capture.trace import Trace, Value
 
 Rule = Callable[..., int | tuple[int, ...]]
 RuleT = TypeVar("RuleT", bound=Rule)
@@ -46,10 +51,20 @@ def lowers(*keys: type[nn.Module] | Callable[..., object] | str) -> Callable[[Ru
     Returns:
         A decorator that returns the rule unchanged. A later rule for the same key replaces the earlier one.
 
-    Example:
-        @lowers(torch.erf)
-        def erf(trace: Trace, x: Value) -> int:
-            return trace.activation(x, my_erf)
+    Example::
+
+        import torch
+        import lipguard as lg
+
+        class Rational(torch.nn.Module):
+            def forward(self, x):
+                return x / (1 + x.abs())
+
+        @lg.lowers(Rational)
+        def rational(trace: lg.Trace, module: Rational, x: lg.Value) -> int:
+            return trace.activation(x, torch.nn.functional.softsign)  # the same function, whose slopes are known
+
+        lg.bound(torch.nn.Sequential(torch.nn.Linear(4, 8), Rational()), torch.zeros(1, 4))
     """
 
     def register(rule: RuleT) -> RuleT:
@@ -71,6 +86,27 @@ def function_rule(key: object) -> Rule | None:
 def module_rule(kind: type[nn.Module]) -> Rule | None:
     """The rule for exactly this class: a subclass may compute something else."""
     return _MODULES.get(kind)
+
+
+def torch_activation(trace: Trace, x: Value, function: Callable[..., object]) -> int:
+    """A torch function on every entry of x, by its own rule.
+
+    Raises:
+        UnsupportedLayer: it has no rule, needs more arguments, or is not elementwise.
+    """
+    name = getattr(function, "__name__", None) or repr(function)
+    remedy = "Give trace.activation a lipguard.network.Elementwise, which states the function's slopes."
+    rule = function_rule(canonical(function)) if callable(function) else None
+    if rule is None:
+        trace.refuse(f"names {name} as its activation, for which there is no rule. {remedy}")
+    try:
+        node = rule(trace, x)
+    except TypeError:
+        trace.refuse(f"names {name} as its activation, which needs more arguments. {remedy}")
+    made = trace.nodes[node] if isinstance(node, int) and node >= 0 else None
+    if not isinstance(made, Activation) or not isinstance(node, int) or made.source != x.node:
+        trace.refuse(f"names {name} as its activation, which is not an elementwise function. {remedy}")
+    return node
 
 
 def canonical(function: Callable[..., object]) -> object:
