@@ -2,76 +2,80 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
-from torch import Tensor, nn
+from torch import nn
 
 from lipguard import registry
-from lipguard.bounds.granularity import default_method
-from lipguard.bounds.local import Local
-from lipguard.certificate import Ball, Box, Certificate, Domain, Norm, Query, norm_pair
+from lipguard.bounds.choice import default_method
+from lipguard.bounds.method import Method, build, check_options
+from lipguard.capture import network_of
+from lipguard.certificate import Ball, Box, Certificate, Domain, Query
 from lipguard.errors import InvalidDomain
 from lipguard.network import Network
-from lipguard.query import Outputs
+from lipguard.query import Inputs, Norm, Outputs
 from lipguard.solvers.threads import one_thread
 
-__all__ = ["bound"]
-
-
-LOCAL = ("lipsdp-neuron", "lipsdp-layer", "spectral")
-"""Methods that use the slopes on the domain; others bound the constant on all of R^d."""
+__all__ = ["Method", "bound"]
 
 
 @overload
 def bound(
     model: nn.Module | Network,
-    example: Tensor | None = ...,
+    example: Any = ...,
     *,
-    method: str | None = ...,
+    method: str | Method | None = ...,
     norm: Norm = ...,
     domain: Domain | None = ...,
-    solver: str = ...,
-    submodule: str | None = ...,
     outputs: Outputs | None = ...,
-    tol: float = ...,
+    inputs: Inputs | None = ...,
+    submodule: str | None = ...,
+    solver: str = ...,
+    tol: float | None = ...,
     time_limit: float | None = ...,
-    chordal: bool = ...,
-    pieces: int = ...,
-    jobs: int = ...,
+    chordal: bool | None = ...,
+    pieces: int | None = ...,
+    jobs: int | None = ...,
+    **options: object,
 ) -> Certificate: ...
 @overload
 def bound(
     model: nn.Module | Network,
-    example: Tensor | None = ...,
+    example: Any = ...,
     *,
-    method: str | None = ...,
+    method: str | Method | None = ...,
     norm: Norm = ...,
     domain: Sequence[Domain],
-    solver: str = ...,
-    submodule: str | None = ...,
     outputs: Outputs | None = ...,
-    tol: float = ...,
+    inputs: Inputs | None = ...,
+    submodule: str | None = ...,
+    solver: str = ...,
+    tol: float | None = ...,
     time_limit: float | None = ...,
-    chordal: bool = ...,
-    pieces: int = ...,
-    jobs: int = ...,
+    chordal: bool | None = ...,
+    pieces: int | None = ...,
+    jobs: int | None = ...,
+    **options: object,
 ) -> list[Certificate]: ...
 def bound(
     model: nn.Module | Network,
-    example: Tensor | None = None,
+    example: Any = None,
     *,
-    method: str | None = None,
+    method: str | Method | None = None,
     norm: Norm = 2,
     domain: Domain | Sequence[Domain] | None = None,
-    solver: str = "auto",
-    submodule: str | None = None,
     outputs: Outputs | None = None,
-    tol: float = 1e-7,
+    inputs: Inputs | None = None,
+    submodule: str | None = None,
+    solver: str = "auto",
+    tol: float | None = None,
     time_limit: float | None = None,
-    chordal: bool = False,
-    pieces: int = 4,
-    jobs: int = 1,
+    chordal: bool | None = None,
+    pieces: int | None = None,
+    jobs: int | None = None,
+    **options: object,
 ) -> Certificate | list[Certificate]:
     """A verified bound of the Lipschitz constant of `model` over `domain`.
 
@@ -83,60 +87,75 @@ def bound(
         example: a batch of inputs, (batch, ...), any values; not needed for a `Network`.
         method: None chooses by norm, memory and cost among "lipsdp-neuron", "lipsdp-channel" (convolutional networks of any
             size) and "spectral". Others: "lipsdp-layer", "lipsdp-split", "toeplitz", "contraction" (absolute values: from norm
-            inf or to norm 1, implicit layers too), "sampling", the only lower bound, and names registered by other packages.
+            inf or to norm 1, implicit layers too), "sampling", the only lower bound, and names registered by other packages;
+            or a method object, which states its own options.
         norm: 1, 2, inf, or a pair (input norm, output norm).
         domain: `Box`, `Ball` or None for all inputs; or a sequence of them; or one whose centre (whose ends) is a batch,
             of shape (B, ...) with B > 1.
-        solver: of the LipSDP methods: "auto", "interior-point", "low-rank", "first-order", "scs", "clarabel", "cvxopt", "mosek".
-        submodule: dotted name of a part to bound instead of the whole.
         outputs: a matrix (k, m) or a pair of classes (i, j) to bound a functional of the outputs; or which of several
             tensors that the module returns, by its place or name.
-        tol: relative gap of the squared bound asked of `interior-point`.
+        inputs: with respect to what: a matrix (d, k), or which of several input tensors, by its place or name.
+        submodule: dotted name of a part to bound instead of the whole.
+        solver: of the LipSDP methods: "auto", "interior-point", "low-rank", "first-order", "scs", "clarabel", "cvxopt", "mosek".
+        tol: relative gap of the squared bound asked of the solver.
         time_limit: seconds for the search; what is found by then is verified.
         chordal: for "scs", "clarabel", "cvxopt" and "mosek": one small matrix a layer, of the same optimum, instead of one
             of all neurons (Xue et al., arXiv:2204.00846).
         pieces, jobs: of "lipsdp-split": consecutive pieces whose bounds multiply, and processes that solve them.
+        options: further options of the method.
     Returns:
         A `Certificate` with rigor "verified"; for a sequence or a batch of domains a list of them, one for each. The
-        `note` says if a solver failed and another bound stands in.
+        `note` says if a solver failed and another bound stands in, or if the method that was chosen has no use for an option.
     Raises:
+        UnsupportedQuery: an option that the method does not take, or a value out of range.
         LipguardError: a bad model, example, name or query; the subclass and the message say which.
     """
-    query = Query(norm_pair(norm), None)
-    if method is not None:
-        registry.method(method)
-    if solver != "auto" and (method is None or method.startswith("lipsdp")):
-        registry.solver(solver)
-    network = network_of(model, example, submodule, outputs)
+    named = {"tol": tol, "time_limit": time_limit, "chordal": chordal, "pieces": pieces, "jobs": jobs}
+    given = {name: value for name, value in named.items() if value is not None} | options
+    if solver != "auto":
+        given["solver"] = solver
+    check_options(given, "bound")
+    query = Query(norm, None, outputs, inputs, submodule, example)
+    chosen = None if method is None else [build(method, given)]
+    network = network_of(model, query)
     domains, several = _domains(domain, network.inputs)
-    names = [method or default_method(network, query.norm)]
-    if method is None and domains and query.norm != (2.0, 2.0):
-        # The weighted programs of other norms know no domain, the slopes on the domain no program: the better one stands.
-        names.append("spectral")
-    given = {"solver": solver, "tol": tol, "time_limit": time_limit, "chordal": chordal, "pieces": pieces, "jobs": jobs}
+    if chosen is None:
+        chosen = _chosen(network, query, bool(domains), given)
     found = []
+    asked = query.of_network()
     with one_thread():
-        for name in dict.fromkeys(names):
-            options = {option: given[option] for option in _OPTIONS.get(name, ())}
-            if domains and name in LOCAL and (name == "spectral" or query.norm == (2.0, 2.0)):
-                options.pop("chordal", None)
-                found.append(Local(name, **options)(network, query, domains))
-            else:
-                built = registry.method(name).build(**options)
-                found.append([built(network, Query(query.norm, one), None)[0] for one in domains or [None]])
+        for one, note in ((pair if isinstance(pair, tuple) else (pair, "")) for pair in chosen):
+            certificates = on_domains(one, network, asked, domains) if domains else [one(network, asked, None)[0]]
+            found.append([_noted(certificate, note) for certificate in certificates])
     certificates = [min(each, key=lambda certificate: certificate.value) for each in zip(*found, strict=True)]
     return certificates if several else certificates[0]
 
 
-_PROGRAM = ("solver", "tol", "time_limit")
-_OPTIONS = {
-    "lipsdp-neuron": (*_PROGRAM, "chordal"),
-    "lipsdp-layer": (*_PROGRAM, "chordal"),
-    "lipsdp-split": (*_PROGRAM, "chordal", "pieces", "jobs"),
-    "lipsdp-channel": _PROGRAM,
-    "sampling": ("time_limit",),
-}
-"""The options of `bound` that each method takes."""
+def on_domains(method: Any, network: Network, query: Query, domains: Sequence[Domain]) -> list[Certificate]:
+    """A certificate for each domain: together, where the method can."""
+    if isinstance(method, Method):
+        return method.on(network, query, domains)
+    return [method(network, dataclasses.replace(query, domain=domain), None)[0] for domain in domains]
+
+
+def _chosen(network: Network, query: Query, local: bool, given: dict[str, object]) -> list[tuple[Any, str]]:
+    """The methods of the package for this network, and what each has to say of options that it has no use for."""
+    names = [default_method(network, query.norm)]
+    if local and query.norm != (2.0, 2.0):
+        # The weighted programs of other norms know no domain, the slopes on the domain no program: the better one stands.
+        names.append("spectral")
+    chosen = []
+    for name in dict.fromkeys(names):
+        entry = registry.method(name)
+        taken = entry.takes()
+        unused = [f"{option}={value!r}" for option, value in given.items() if option not in taken and option != "time_limit"]
+        note = f"{name} was chosen, which has no use for {', '.join(unused)}" if unused else ""
+        chosen.append((entry.build(**{option: value for option, value in given.items() if option in taken}), note))
+    return chosen
+
+
+def _noted(certificate: Certificate, note: str) -> Certificate:
+    return dataclasses.replace(certificate, note="; ".join(n for n in (note, certificate.note) if n)) if note else certificate
 
 
 def _domains(domain: Domain | Sequence[Domain] | None, size: int) -> tuple[list[Domain], bool]:
@@ -152,7 +171,7 @@ def _domains(domain: Domain | Sequence[Domain] | None, size: int) -> tuple[list[
             raise InvalidDomain("the sequence of domains is empty. Give at least one Box or Ball.")
     for i, one in enumerate(domains):
         if not isinstance(one, Box | Ball):
-            raise InvalidDomain(f"domain {i} is {type(one).__name__}; a lipguard.Box or lipguard.Ball is needed.")
+            raise InvalidDomain(f"domain {i} is {type(one).__name__}; give lipguard.Box(0, 1) or lipguard.Ball(centre, radius).")
         if not several:
             one.bounds(size)
             continue
@@ -161,19 +180,3 @@ def _domains(domain: Domain | Sequence[Domain] | None, size: int) -> tuple[list[
         except InvalidDomain as error:
             raise InvalidDomain(f"domain {i}: {error}") from error
     return domains, several
-
-
-def network_of(
-    model: nn.Module | Network,
-    example: Tensor | None,
-    submodule: str | None = None,
-    outputs: Outputs | None = None,
-) -> Network:
-    """The captured network of a module; a `Network` is taken as it is.
-
-    Raises:
-        InvalidExample: a module is given without an example.
-    """
-    from lipguard.capture.capture import capture
-
-    return capture(model, example, submodule=submodule, outputs=outputs)

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from lipguard.bounds.cost import check_search_memory, elimination_work
+from lipguard.bounds.method import Method, Pair
 from lipguard.bounds.spectral import Spectral
 from lipguard.certificate import Certificate, ChannelMultipliers, Query
 from lipguard.errors import NotCertified, SolverFailed, UnsupportedQuery
@@ -41,9 +43,6 @@ _RANK = 4
 _TOL = 1e-4
 """The least gap asked for: single precision does not find much less."""
 
-_LARGEST = 6e9
-"""Bytes that the search may hold."""
-
 
 @dataclass(frozen=True, eq=False)
 class WarmChannels:
@@ -55,7 +54,7 @@ class WarmChannels:
 
 
 @dataclass(frozen=True)
-class Channel:
+class Channel(Method):
     """LipSDP in the frequency domain, 2-norm to 2-norm.
 
     Attributes:
@@ -67,10 +66,40 @@ class Channel:
     Source: Fazlyab et al. 2019, arXiv:1906.04893, on the torus of `lipguard.programs.torus`.
     """
 
+    norms: ClassVar[tuple[Pair, ...]] = ((2.0, 2.0),)
+
     granularity: Literal["channel", "layer"] = "channel"
     solver: str = "auto"
     tol: float = 1e-4
     time_limit: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse options out of range, and another solver than the one there is."""
+        super().__post_init__()
+        if self.solver not in ("auto", "low-rank"):
+            raise UnsupportedQuery(f"lipsdp-channel has one solver, 'low-rank', not {self.solver!r}. Give solver='low-rank'.")
+
+    @property
+    def name(self) -> str:
+        """Name in the registry."""
+        return "lipsdp-channel"
+
+    def cost(self, network: Network, query: Query) -> float:
+        """Multiplications of one elimination over all frequencies."""
+        return elimination_work(network) if query.norm in self.norms else math.inf
+
+    def pack(self, state: Any) -> dict[str, Any] | None:
+        """The multipliers by node, and their rho."""
+        if not isinstance(state, WarmChannels):
+            return None
+        return {"channels": {node: t.cpu() for node, t in state.t.items()}, "rho": state.rho}
+
+    def unpack(self, packed: Mapping[str, Any]) -> WarmChannels | None:
+        """The state, without the end of an ascent: the first measurement climbs anew."""
+        if "channels" not in packed:
+            return None
+        t = {int(node): torch.as_tensor(values) for node, values in packed["channels"].items()}
+        return WarmChannels(t, float(packed["rho"]))
 
     def __call__(
         self, network: Network, query: Query, state: WarmChannels | None = None
@@ -82,15 +111,11 @@ class Channel:
                 names it), or one too large.
         """
         began = time.perf_counter()
-        if query.norm != (2.0, 2.0):
-            raise UnsupportedQuery(
-                f"lipsdp-channel bounds the constant from 2-norm to 2-norm, not {query.norm}. Use method='spectral'."
-            )
-        if self.solver not in ("auto", "low-rank"):
-            raise UnsupportedQuery(f"lipsdp-channel has one solver, 'low-rank', not {self.solver!r}.")
+        if query.norm not in self.norms:
+            raise self.unsupported(query)
         product, _ = Spectral()(network, query)
         torus = Torus(neurons_only(network))
-        check_memory(torus)
+        check_search_memory(torus)
         deadline = began + (_SECONDS if self.time_limit is None else self.time_limit)
         note, warm = "", None
         try:
@@ -149,24 +174,6 @@ def _proved(network: Network, query: Query, problem: _Problem, tau: Tensor, rho:
             if pull == _PULLS[-1]:
                 raise
     raise AssertionError("the last pull returns or raises.")
-
-
-def check_memory(torus: Torus) -> None:
-    """Raise UnsupportedQuery where the search would hold too much."""
-    # Pivot and factor, and the blocks to the next layer or two, of 16 bytes a number.
-    cells = 0.0
-    for layer, following in pairwise((*torus.layers, torus.layers[-1])):
-        finest = min(layer.level, following.level)
-        cells += 3 * len(torus.levels[layer.level].counts) * layer.size**2
-        cells += 4 * len(torus.levels[finest].counts) * layer.size * following.size
-    needed = 16 * cells
-    if needed > _LARGEST:
-        worst = max(torus.layers, key=lambda layer: layer.size)
-        name = torus.network.nodes[worst.node].name or f"node {worst.node}"
-        raise UnsupportedQuery(
-            f"lipsdp-channel would hold about {needed / 1e9:.0f} GB: {name} has {worst.size} components at one frequency. Bound "
-            "submodules (the product of their bounds bounds the whole), or use method='spectral'."
-        )
 
 
 class _Problem:

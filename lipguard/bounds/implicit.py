@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from lipguard.bounds.method import PAIRS, Method, Pair
 from lipguard.certificate import Certificate, Magnitudes, Query
-from lipguard.errors import UnsupportedQuery
 from lipguard.network import Activation, Affine, Coupled, Implicit, Input, Network, Sum
 from lipguard.verify import verify
 from lipguard.verify.norms.implicit import propose_magnitude
@@ -22,8 +23,10 @@ from lipguard.verify.norms.magnitudes import coupled_magnitude
 
 
 @dataclass(frozen=True)
-class Contraction:
+class Contraction(Method):
     """Bound by absolute values, from the inf-norm to any, or from any norm to the 1-norm."""
+
+    norms: ClassVar[tuple[Pair, ...]] = tuple((p, q) for p, q in PAIRS if p == math.inf or q == 1)
 
     def __call__(self, network: Network, query: Query, state: object = None) -> tuple[Certificate, None]:
         """The verified bound; valid on every domain.
@@ -34,11 +37,8 @@ class Contraction:
         """
         del state
         began = time.perf_counter()
-        if query.norm[0] != math.inf and query.norm[1] != 1:
-            raise UnsupportedQuery(
-                f"contraction bounds constants from the inf-norm or to the 1-norm, not {query.norm}: no absolute-value "
-                "constraint is known there. Use method='lipsdp-neuron' or 'spectral'."
-            )
+        if query.norm not in self.norms:
+            raise self.unsupported(query)
         vectors = _vectors(network, transposed=query.norm[0] != math.inf)
         proposed = Certificate(math.nan, "upper", query.norm, query.domain, network.digest, "contraction", Magnitudes(vectors))
         return replace(verify(network, proposed), seconds=time.perf_counter() - began), None

@@ -11,16 +11,17 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lipguard.bounds.semidefinite import Semidefinite, check_query, solved
-from lipguard.bounds.spectral import Spectral
+from lipguard.bounds.slopes import has_implicit, timed, unproved
+from lipguard.bounds.solving import solved
 from lipguard.certificate import Certificate, Domain, LocalMultipliers, Query, Slopes
 from lipguard.errors import SolverFailed
-from lipguard.network import Implicit, Network
+from lipguard.network import Network
 from lipguard.programs.feedback import Feedback
 from lipguard.programs.lipsdp import LipSDP, lipsdp
 from lipguard.programs.rewriting import elementwise, slope_restricted
@@ -41,124 +42,126 @@ _MOSTLY_FREE = 0.5
 """Share of the slopes' widths from which the local program is about the global one, which is then solved as well."""
 
 
-@dataclass(frozen=True)
-class Local:
-    """Upper bounds on domains.
+class SlopeRestricted(Protocol):
+    """What is read of a semidefinite method here: its options, and the bound on all of R^d."""
 
-    Attributes:
-        name: "lipsdp-neuron", "lipsdp-layer" or "spectral".
-        solver, tol, time_limit: of the semidefinite programs, as for `Semidefinite`.
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def tied(self) -> bool: ...  # noqa: D102
+    @property
+    def solver(self) -> str: ...  # noqa: D102
+    @property
+    def tol(self) -> float: ...  # noqa: D102
+    @property
+    def time_limit(self) -> float | None: ...  # noqa: D102
+    def __call__(self, network: Network, query: Query) -> tuple[Certificate, object]: ...  # noqa: D102
+
+
+def local_bounds(network: Network, query: Query, domains: Sequence[Domain], method: SlopeRestricted) -> list[Certificate]:
+    """Upper bounds by LipSDP with the slopes on each domain: one verified certificate for each, in their order.
+
+    Args:
+        network: the network.
+        query: the norms, (2, 2).
+        domains: what the slopes are known on.
+        method: the options, and the bound on all of R^d, which none of the local ones exceeds.
+    Raises:
+        InvalidDomain: a domain does not fit.
     """
+    if has_implicit(network):
+        overall, _ = method(network, replace(query, domain=None))
+        return [replace(overall, domain=domain) for domain in domains]
+    began = time.perf_counter()
+    deadline = math.inf if method.time_limit is None else began + method.time_limit
+    proposed, share = _proposals(network, unproved(network, query, domains, method.name), method, deadline)
+    found = _completed(network, query, proposed, verify_local(network, proposed), share, method)
+    return timed(found, began)
 
-    name: str = "lipsdp-neuron"
-    solver: str = "auto"
-    tol: float = 1e-7
-    time_limit: float | None = None
 
-    def __call__(self, network: Network, query: Query, domains: Sequence[Domain]) -> list[Certificate]:
-        """One verified certificate for each domain, in their order.
+def _proposals(
+    network: Network, bare: list[Certificate], method: SlopeRestricted, deadline: float
+) -> tuple[list[Certificate], float]:
+    """Certificates with multipliers where a solver found some, and the widest slopes as a share of those on R^d."""
+    network = elementwise(network)
+    n = slope_restricted(network).neurons
+    result, share = list(bare), 0.0
+    if n * (n + network.inputs) > _LARGEST:
+        note = f"{n} neurons and {network.inputs} inputs are too many for the local program"
+        return [replace(one, note=note) for one in bare], 1.0
+    step = chunk_size(network)
+    alpha, beta = slope_restricted(network).slopes()
+    everywhere = float((beta - alpha).sum())
+    for start in range(0, len(bare), step):
+        maps = localize(network, [c.domain for c in bare[start : start + step] if c.domain is not None])
+        share = max(share, float(maps.width.sum(1).max()) / everywhere if everywhere > 0 else 0.0)
+        t, rho, notes = _solve(maps, network, method, deadline)
+        full = torch.ones(len(t), n, dtype=torch.float64, device=t.device)
+        full.scatter_(1, torch.where(maps.present, maps.index, maps.index[:, :1]), torch.where(maps.present, t, t[:, :1]))
+        for i, value in enumerate(rho.tolist()):
+            evidence = LocalMultipliers(full[i].clone(), value)
+            result[start + i] = replace(bare[start + i], evidence=evidence, value=math.sqrt(max(value, 0.0)), note=notes[i])
+    return result, share
 
-        Raises:
-            UnsupportedQuery: a semidefinite method with a norm other than 2.
-            InvalidDomain: a domain does not fit.
-        """
-        if any(isinstance(node, Implicit) for node in network.nodes):
-            # No ranges are known of an implicit layer: the bound on all of R^d stands on every domain.
-            overall = self._global(network, Query(query.norm))
-            return [replace(overall, domain=domain) for domain in domains]
-        began = time.perf_counter()
-        deadline = math.inf if self.time_limit is None else began + self.time_limit
-        bare = Certificate(math.nan, "upper", query.norm, None, network.digest, self.name, Slopes())
-        proposed = [replace(bare, domain=domain) for domain in domains]
-        if self.name == "spectral":
-            found = verify_local(network, proposed)
-        else:
-            check_query(network, query, self.name)
-            proposed, share = self._proposals(network, proposed, deadline)
-            found = verify_local(network, proposed)
-            found = self._completed(network, query, proposed, found, share)
-        seconds = (time.perf_counter() - began) / max(1, len(domains))
-        return [replace(certificate, seconds=seconds) for certificate in found if certificate is not None]
 
-    def _proposals(self, network: Network, bare: list[Certificate], deadline: float) -> tuple[list[Certificate], float]:
-        """Certificates with multipliers where a solver found some, and the widest slopes as a share of those on R^d."""
-        network = elementwise(network)
-        n = slope_restricted(network).neurons
-        result, share = list(bare), 0.0
-        if n * (n + network.inputs) > _LARGEST:
-            note = f"{n} neurons and {network.inputs} inputs are too many for the local program"
-            return [replace(one, note=note) for one in bare], 1.0
-        step = chunk_size(network)
-        alpha, beta = slope_restricted(network).slopes()
-        everywhere = float((beta - alpha).sum())
-        for start in range(0, len(bare), step):
-            maps = localize(network, [c.domain for c in bare[start : start + step] if c.domain is not None])
-            share = max(share, float(maps.width.sum(1).max()) / everywhere if everywhere > 0 else 0.0)
-            t, rho, notes = self._solve(maps, network, deadline)
-            full = torch.ones(len(t), n, dtype=torch.float64, device=t.device)
-            full.scatter_(1, torch.where(maps.present, maps.index, maps.index[:, :1]), torch.where(maps.present, t, t[:, :1]))
-            for i, value in enumerate(rho.tolist()):
-                evidence = LocalMultipliers(full[i].clone(), value)
-                result[start + i] = replace(bare[start + i], evidence=evidence, value=math.sqrt(max(value, 0.0)), note=notes[i])
-        return result, share
+def _solve(maps: Localized, network: Network, method: SlopeRestricted, deadline: float) -> tuple[Tensor, Tensor, list[str]]:
+    order = maps.index.shape[1] + min(maps.y.shape[1], network.inputs)
+    if method.solver == "auto" and not method.tied and order <= BATCHED:
+        t, rho = solve(maps, tol=method.tol, deadline=deadline)
+        return t, rho, [""] * len(t)
+    t, rho = torch.ones_like(maps.index, dtype=torch.float64), maps.y.new_zeros(len(maps.y))
+    notes = []
+    for i in range(len(t)):
+        one = maps.pick(torch.tensor([i], device=t.device))
+        here, note = _one(one, method, deadline)
+        notes.append(note)
+        t[i, : here[0].numel()], rho[i] = here
+    return t, rho, notes
 
-    def _solve(self, maps: Localized, network: Network, deadline: float) -> tuple[Tensor, Tensor, list[str]]:
-        order = maps.index.shape[1] + min(maps.y.shape[1], network.inputs)
-        if self.solver == "auto" and self.name == "lipsdp-neuron" and order <= BATCHED:
-            t, rho = solve(maps, tol=self.tol, deadline=deadline)
-            return t, rho, [""] * len(t)
-        t, rho = torch.ones_like(maps.index, dtype=torch.float64), maps.y.new_zeros(len(maps.y))
-        notes = []
-        for i in range(len(t)):
-            one = maps.pick(torch.tensor([i], device=t.device))
-            here, note = self._one(one, deadline)
-            notes.append(note)
-            t[i, : here[0].numel()], rho[i] = here
-        return t, rho, notes
 
-    def _one(self, maps: Localized, deadline: float) -> tuple[tuple[Tensor, float], str]:
-        """Multipliers and squared bound of a single map by a registered solver."""
-        problem = _program(maps, self.name == "lipsdp-layer")
-        program = problem.program
-        if not program.sizes or not program.channels:
-            return (maps.y.new_zeros(0), float(torch.linalg.matrix_norm(maps.y[0], 2)) ** 2), ""
-        limit = None if deadline == math.inf else max(0.0, deadline - time.perf_counter())
-        try:
-            name, proposal = solved(self.solver, program, None, self.tol, limit)
-        except SolverFailed as failure:
-            return (maps.y.new_ones(maps.index.shape[1]), 0.0), f"{self.solver}: {failure}"
-        t = proposal.t.to(maps.y).clamp_min(torch.finfo(torch.float64).tiny)
-        s = program.eliminate(lambda k, _: t[program.slices[k]]).schur
-        rho = proposal.rho if proposal.inside or s is None else float(torch.linalg.eigvalsh(s)[-1])
-        note = "" if proposal.message in ("", "optimal") else f"{name}: {proposal.message}"
-        # From the multipliers of (beta - alpha) u to those of u.
-        return (problem.to_network(t, rho) * maps.width[0].square(), rho), note
+def _one(maps: Localized, method: SlopeRestricted, deadline: float) -> tuple[tuple[Tensor, float], str]:
+    """Multipliers and squared bound of a single map by a registered solver."""
+    problem = _program(maps, method.tied)
+    program = problem.program
+    if not program.sizes or not program.channels:
+        return (maps.y.new_zeros(0), float(torch.linalg.matrix_norm(maps.y[0], 2)) ** 2), ""
+    limit = None if deadline == math.inf else max(0.0, deadline - time.perf_counter())
+    try:
+        name, proposal = solved(method.solver, program, None, method.tol, limit)
+    except SolverFailed as failure:
+        return (maps.y.new_ones(maps.index.shape[1]), 0.0), f"{method.solver}: {failure}"
+    t = proposal.t.to(maps.y).clamp_min(torch.finfo(torch.float64).tiny)
+    s = program.eliminate(lambda k, _: t[program.slices[k]]).schur
+    rho = proposal.rho if proposal.inside or s is None else float(torch.linalg.eigvalsh(s)[-1])
+    note = "" if proposal.message in ("", "optimal") else f"{name}: {proposal.message}"
+    # From the multipliers of (beta - alpha) u to those of u.
+    return (problem.to_network(t, rho) * maps.width[0].square(), rho), note
 
-    def _global(self, network: Network, query: Query) -> Certificate:
-        """The bound on all of R^d by the method of this name."""
-        if self.name == "spectral":
-            return Spectral()(network, query)[0]
-        return Semidefinite(self.name == "lipsdp-layer", self.solver, self.tol, self.time_limit)(network, query)[0]
 
-    def _completed(
-        self, network: Network, query: Query, proposed: list[Certificate], found: list[Certificate | None], share: float
-    ) -> list[Certificate | None]:
-        """The bounds, with another in the place of those that are not proved or exceed the one on all of R^d."""
-        missing = [i for i, certificate in enumerate(found) if certificate is None]
+def _completed(
+    network: Network,
+    query: Query,
+    proposed: list[Certificate],
+    found: list[Certificate | None],
+    share: float,
+    method: SlopeRestricted,
+) -> list[Certificate | None]:
+    """The bounds, with another in the place of those that are not proved or exceed the one on all of R^d."""
+    missing = [i for i, certificate in enumerate(found) if certificate is None]
+    for i, certificate in enumerate(found):
+        if certificate is not None and isinstance(certificate.evidence, Slopes):
+            found[i] = replace(certificate, method="spectral")
+    others = verify_local(network, [replace(proposed[i], evidence=Slopes(), method="spectral") for i in missing])
+    for i, other in zip(missing, others, strict=True):
+        if other is not None:
+            reason = proposed[i].note or "the multipliers are not provable"
+            found[i] = replace(other, note=f"{reason}; the bound by slopes alone, {other.value:.6g}, stands")
+    if share >= _MOSTLY_FREE or any(certificate is None for certificate in found):
+        overall, _ = method(network, replace(query, domain=None))
         for i, certificate in enumerate(found):
-            if certificate is not None and isinstance(certificate.evidence, Slopes):
-                found[i] = replace(certificate, method="spectral")
-        others = verify_local(network, [replace(proposed[i], evidence=Slopes(), method="spectral") for i in missing])
-        for i, other in zip(missing, others, strict=True):
-            if other is not None:
-                reason = proposed[i].note or "the multipliers are not provable"
-                found[i] = replace(other, note=f"{reason}; the bound by slopes alone, {other.value:.6g}, stands")
-        if share >= _MOSTLY_FREE or any(certificate is None for certificate in found):
-            overall = self._global(network, replace(query, domain=None))
-            for i, certificate in enumerate(found):
-                if certificate is None or certificate.value > overall.value:
-                    found[i] = replace(overall, domain=proposed[i].domain)
-        return found
+            if certificate is None or certificate.value > overall.value:
+                found[i] = replace(overall, domain=proposed[i].domain)
+    return found
 
 
 def solve(

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lipguard.certificate import Certificate, Domain, Query, Witness
-from lipguard.errors import UnsupportedQuery
+from lipguard.bounds.method import PAIRS, Method, Pair
+from lipguard.certificate import Certificate, Domain, Query, Side, Witness
 from lipguard.network import Activation, Affine, Implicit, Input, Network, Sum
 from lipguard.programs.rewriting import elementwise
 from lipguard.verify import verify
@@ -36,7 +36,7 @@ class Points:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Method):
     """Ascent from several inputs at once.
 
     Attributes:
@@ -44,6 +44,10 @@ class Sampling:
         steps: ascent steps.
         seed: of the generator that draws the starts; the global random state is not touched.
     """
+
+    side: ClassVar[Side] = "lower"
+    norms: ClassVar[tuple[Pair, ...]] = tuple((p, q) for p, q in PAIRS if (p, q) == (2.0, 2.0) or p == 1 or q == math.inf)
+    local: ClassVar[tuple[Pair, ...]] = norms
 
     starts: int = 128
     steps: int = 80
@@ -58,9 +62,8 @@ class Sampling:
             InvalidDomain: the domain does not fit the network.
         """
         began = time.perf_counter()
-        p, q = query.norm
-        if (p, q) != (2.0, 2.0) and p != 1 and q != math.inf:
-            raise UnsupportedQuery(f"sampling evaluates Jacobian norms from 1, to inf, and (2, 2), not {query.norm}.")
+        if query.norm not in self.norms:
+            raise self.unsupported(query, "lipsdp-neuron")
         deadline = math.inf if self.time_limit is None else began + self.time_limit
         x, v = self._start(network, query.domain, state, _affordable(network, self.starts))
         neurons = elementwise(network)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
-from lipguard.certificate import Certificate, Factors, Query
+from lipguard.bounds.method import PAIRS, Method, Pair
+from lipguard.bounds.slopes import has_implicit, slope_bounds
+from lipguard.certificate import Certificate, Domain, Factors, Query
 from lipguard.errors import UnsupportedQuery
 from lipguard.network import Affine, Conv, Index, Network, Operator
 from lipguard.verify import verify
@@ -16,8 +20,10 @@ from lipguard.verify.norms.factors import LARGEST_UNROLLED
 
 
 @dataclass(frozen=True)
-class Spectral:
+class Spectral(Method):
     """Product of operator norms along the graph, summed where branches meet (Szegedy et al. 2014, section 4.3)."""
+
+    local: ClassVar[tuple[Pair, ...]] = PAIRS
 
     def __call__(self, network: Network, query: Query, state: object = None) -> tuple[Certificate, None]:
         """The verified product bound; valid on every domain.
@@ -33,6 +39,13 @@ class Spectral:
         proposed = Certificate(math.nan, "upper", query.norm, query.domain, network.digest, "spectral", factors)
         verified = verify(network, proposed)
         return replace(verified, seconds=time.perf_counter() - began), None
+
+    def on(self, network: Network, query: Query, domains: Sequence[Domain]) -> list[Certificate]:
+        """The bounds by the slopes on the domains, one for each."""
+        if not has_implicit(network):
+            return slope_bounds(network, query, domains)
+        overall, _ = self(network, replace(query, domain=None))
+        return [replace(overall, domain=domain) for domain in domains]
 
 
 def layer_norm(operator: Operator, p: float) -> float:

@@ -9,10 +9,11 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
+from lipguard.bounds.method import Method, Pair
 from lipguard.bounds.semidefinite import Semidefinite
 from lipguard.certificate import Certificate, Factors, Multipliers, Product, Query
-from lipguard.errors import UnsupportedQuery
 from lipguard.network import Activation, Network
 from lipguard.network.pieces import pieces, separators
 from lipguard.solvers.threads import one_thread
@@ -20,7 +21,7 @@ from lipguard.verify import verify
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(Method):
     """LipSDP piece by piece.
 
     Attributes:
@@ -28,6 +29,8 @@ class Split:
         jobs: processes that solve them; more than one needs joblib (the extra "parallel"), else they run one by one.
         solver, tol, time_limit, chordal: as for `Semidefinite`; the time is each piece's.
     """
+
+    norms: ClassVar[tuple[Pair, ...]] = ((2.0, 2.0),)
 
     pieces: int = 4
     jobs: int = 1
@@ -45,13 +48,11 @@ class Split:
         """The verified product of the pieces' bounds.
 
         Raises:
-            UnsupportedQuery: a norm other than 2, a piece beyond the memory allowed, or a number of pieces below 1.
+            UnsupportedQuery: a norm other than 2, or a piece beyond the memory allowed.
         """
         began = time.perf_counter()
-        if query.norm != (2.0, 2.0):
-            raise UnsupportedQuery(f"{self.name} bounds the constant from 2-norm to 2-norm, not {query.norm}.")
-        if self.pieces < 1 or self.jobs < 1:
-            raise UnsupportedQuery(f"{self.name}: {self.pieces} pieces and {self.jobs} jobs; each must be at least 1.")
+        if query.norm not in self.norms:
+            raise self.unsupported(query)
         cuts = balanced(network, self.pieces)
         # A piece's domain is not the network's: its bound is for all of its inputs.
         method = Semidefinite(False, self.solver, self.tol, self.time_limit, self.chordal)

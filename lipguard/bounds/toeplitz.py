@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lipguard.bounds.method import Method
 from lipguard.bounds.spectral import layer_norm
 from lipguard.certificate import Certificate, Factors, Query
 from lipguard.network import Affine, Conv, Network
@@ -27,7 +28,7 @@ _CHUNK = 2**22
 
 
 @dataclass(frozen=True)
-class Toeplitz:
+class Toeplitz(Method):
     """Product of norms along the graph with Toeplitz bounds of convolutions, exact norms of matrices."""
 
     def __call__(self, network: Network, query: Query, state: object = None) -> tuple[Certificate, None]:

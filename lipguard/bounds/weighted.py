@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lipguard.bounds.cost import weighted_order
 from lipguard.bounds.implicit import Contraction
+from lipguard.bounds.solving import solved
 from lipguard.bounds.spectral import Spectral
 from lipguard.certificate import Certificate, Part, Query, WeightedMultipliers
 from lipguard.errors import NotCertified, SolverFailed, UnsupportedQuery
 from lipguard.network import Network
 from lipguard.programs.feedback import Feedback, feedback_of
 from lipguard.programs.lipsdp import LipSDP, lipsdp
-from lipguard.programs.rewriting import slope_restricted
 from lipguard.programs.slope_program import Proposal
 from lipguard.verify import verify
 from lipguard.verify.lmi.weighted import NORMS, check_part, parts_of
@@ -41,29 +42,18 @@ _SLACKS = (1e-12, 1e-11, 1e-10, 1e-9, 1e-7, 1e-5)
 that the weights of several outputs leave without room."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """Solver, tolerance, time limit and tying, as `Semidefinite` has them."""
-
-    tied: bool = False
-    solver: str = "auto"
-    tol: float = 1e-7
-    time_limit: float | None = None
-
-
-def cubes(network: Network, norm: tuple[float, float]) -> float:
-    """Cubes of the order, times the programs: 784-100-10 from inf to inf, 7e9, takes 4 s. Infinite where none are known."""
-    return parts_of(network, norm) * float(_order(network, norm)) ** 3 if norm in NORMS else math.inf
-
-
-def weighted(network: Network, query: Query, options: Options, name: str) -> Certificate:
+def weighted(
+    network: Network, query: Query, tied: bool, solver: str, tol: float, time_limit: float | None, name: str
+) -> Certificate:
     """The verified bound; where a program fails, or proves no less, the product of magnitudes or norms stands.
 
+    Args:
+        network, query: what is bounded, in which norms.
+        tied, solver, tol, time_limit: as `Semidefinite` has them.
+        name: of the method, for messages and the certificate.
     Raises:
         UnsupportedQuery: norms without a constraint, or matrices too large.
     """
-    from lipguard.bounds.semidefinite import solved
-
     began = time.perf_counter()
     norm = query.norm
     if norm not in NORMS:
@@ -71,9 +61,9 @@ def weighted(network: Network, query: Query, options: Options, name: str) -> Cer
             f"{name}: no quadratic constraint is known that bounds the constant from norm {norm[0]:g} to norm {norm[1]:g}. "
             "Use method='spectral'."
         )
-    if options.solver == "first-order":
+    if solver == "first-order":
         raise UnsupportedQuery(f"{name}: solver 'first-order' bounds the constant in the 2-norm only. Use 'auto'.")
-    order = _order(network, norm)
+    order = weighted_order(network, norm)
     if order > _LARGEST:
         raise UnsupportedQuery(
             f"{name}: a matrix of order {order} for each of {parts_of(network, norm)} programs is too large. "
@@ -91,13 +81,13 @@ def weighted(network: Network, query: Query, options: Options, name: str) -> Cer
             view = _view(fb, i, norm)
             if view is None:
                 continue  # an output or input that does nothing: any other part's evidence covers it
-            problem = lipsdp(view, options.tied, free)
+            problem = lipsdp(view, tied, free)
             left = None
-            if options.time_limit is not None:
-                left = max(options.time_limit - (time.perf_counter() - began), 0.0) / (count - i)
-            solver, proposal = solved(options.solver, problem.program, None, options.tol, left)
+            if time_limit is not None:
+                left = max(time_limit - (time.perf_counter() - began), 0.0) / (count - i)
+            used, proposal = solved(solver, problem.program, None, tol, left)
             if proposal.message not in ("", "optimal"):
-                notes.append(f"part {i}: {solver}: {proposal.message}")
+                notes.append(f"part {i}: {used}: {proposal.message}")
             gaps.append(proposal.gap)
             iterations += proposal.iterations
             found[i] = _best(network, problem, proposal, i, norm)
@@ -114,11 +104,6 @@ def weighted(network: Network, query: Query, options: Options, name: str) -> Cer
         notes.append(f"{name} proves {certificate.value:.6g} only")
         certificate = replace(product, note="; ".join(notes))
     return replace(certificate, seconds=time.perf_counter() - began)
-
-
-def _order(network: Network, norm: tuple[float, float]) -> int:
-    channels = network.inputs if norm[0] == math.inf else network.outputs if norm[1] == 1 else 1
-    return slope_restricted(network).neurons + channels
 
 
 def _product(network: Network, query: Query) -> Certificate:

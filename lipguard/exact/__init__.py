@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
 import math
 import time
-from typing import Literal
+from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
-from lipguard.bounds import network_of
+from lipguard import registry
+from lipguard.bounds.method import check_options, refuse_untaken
 from lipguard.bounds.spectral import Spectral
-from lipguard.certificate import Domain, Enclosure, Norm, Query, norm_pair
-from lipguard.errors import UnknownName
+from lipguard.capture import network_of
+from lipguard.certificate import Domain, Enclosure, Query
+from lipguard.errors import UnsupportedQuery
+from lipguard.exact.enumeration import region_estimate
+from lipguard.exact.methods import BranchAndBound, ExactMethod
+from lipguard.exact.mixed_integer import kind_of
+from lipguard.exact.preactivation import bounds
 from lipguard.exact.problem import problem
 from lipguard.network import Activation, Network
 from lipguard.network.activations import PiecewiseLinear
 from lipguard.programs.rewriting import elementwise
-from lipguard.query import Outputs
+from lipguard.query import Inputs, Norm, Outputs
 
 __all__ = ["METHODS", "exact"]
 
-METHODS = ("enumeration", "miqcqp", "milp", "branch-and-bound")
+METHODS = tuple(registry.EXACT)
 """What `method` may be, besides "auto"."""
 
 _ENTRIES = 2e8
@@ -40,18 +44,19 @@ _BOUNDS_SECONDS = 5.0
 
 def exact(
     model: nn.Module | Network,
-    example: Tensor | None = None,
+    example: Any = None,
     *,
     domain: Domain | None = None,
     norm: Norm = 2,
-    method: str = "auto",
+    method: str | ExactMethod = "auto",
     solver: str = "auto",
-    region: Literal["both", "closed", "strict"] = "both",
+    region: Literal["both", "closed", "strict"] | None = None,
     time_limit: float | None = None,
     gap: float = 1e-6,
-    threads: int = 1,
-    formulation: Literal["tightened", "published"] = "tightened",
+    threads: int | None = None,
+    formulation: Literal["tightened", "published"] | None = None,
     outputs: Outputs | None = None,
+    inputs: Inputs | None = None,
     submodule: str | None = None,
 ) -> Enclosure:
     """Lipschitz constant of a piecewise-linear network: exact, or the enclosure that the time allows.
@@ -61,8 +66,8 @@ def exact(
         example: an input to trace the module with.
         domain: Box, Ball, or None for all of R^d.
         norm: 1, 2 or inf, or a pair (input, output).
-        method: "enumeration", "miqcqp", "milp", "branch-and-bound", or "auto".
-        solver: "gurobi", "scip", "highs" for the mixed-integer methods, or "auto".
+        method: "enumeration", "miqcqp", "milp", "branch-and-bound", or "auto"; or a method object, which states its options.
+        solver: "gurobi", "scip", "highs", or one registered by another package, for the mixed-integer methods; or "auto".
         region: for the mixed-integer methods: "closed" (upper bounds), "strict" (lower bounds), or "both", which
             repairs the cases where they differ.
         time_limit: seconds; None for no limit. Ctrl-C returns the enclosure known by then.
@@ -71,36 +76,61 @@ def exact(
         formulation: of the mixed-integer methods: with lipguard's bounds ("tightened"), or the program as "published",
             with interval propagation alone, to compare solvers by.
         outputs: a matrix (k, m) applied to the outputs, or a pair of classes (i, j) for the margin y_i - y_j.
+        inputs: with respect to what: a matrix (d, k), or which of several input tensors, by its place or name.
         submodule: name of the submodule to bound instead of the whole.
     Returns:
         lower <= constant <= upper. The lower end is verified; `upper_certificate.rigor` says whether the upper is.
     Raises:
-        UnsupportedQuery: an activation is not piecewise linear, or the method cannot answer for this norm or domain.
+        UnsupportedQuery: an activation is not piecewise linear, or the method cannot answer for this norm or domain, or has no
+            use for an option that is given.
         InvalidDomain: the domain is empty, reversed, or of another dimension.
         SolverUnavailable: no installed solver takes the program.
         UnknownName: no such method, solver or region.
         InvalidExample: a module is given without an example.
     """
-    query = Query(norm_pair(norm), domain)
-    if method != "auto" and method not in METHODS:
-        raise UnknownName(f"method={method!r}: there are {', '.join(METHODS)} and 'auto'.")
-    network = network_of(model, example, submodule, outputs)
+    query = Query(norm, domain, outputs, inputs, submodule, example)
+    given = {"region": region, "threads": threads, "formulation": formulation, "solver": None if solver == "auto" else solver}
+    given = {name: value for name, value in given.items() if value is not None}
+    common = {"gap": gap, "time_limit": time_limit}
+    check_options(given | common, "exact")
+    chosen = None if method == "auto" else _built(method, given, common)
+    network, query = network_of(model, query), query.of_network()
     problem(network, query)  # bad input is refused here, before any method starts
-    if method != "auto":
-        enclosure = _run(network, query, method, solver, region, time_limit, gap, threads, formulation)
-        return _not_above_product(network, query, enclosure, gap)
+    if chosen is not None:
+        return _not_above_product(network, query, chosen(network, query), chosen.gap)
     started = time.monotonic()
-    method, choice = choose(network, query)
-    enclosure = _run(network, query, method, solver, region, time_limit, gap, threads, formulation)
+    name, choice = choose(network, query)
+    enclosure = _run(name, network, query, given, common)
+    unused = [f"{option}={value!r}" for option, value in given.items() if option not in registry.exact_method(name).takes()]
+    choice = f"{choice} It has no use for {', '.join(unused)}." if unused else choice
     unsettled = enclosure.closed_region is not None or enclosure.status == "solver failed"
-    if method == "branch-and-bound" and unsettled and enclosure.gap > gap:
+    if name == "branch-and-bound" and unsettled and enclosure.gap > gap:
         left = None if time_limit is None else max(time_limit - (time.monotonic() - started), 1.0)
-        method, why = without_interior(network, query)
+        name, why = without_interior(network, query)
         choice = f"{choice} {why}"
-        other = _run(network, query, method, solver, "both", left, gap, threads, formulation)
-        enclosure = _narrower(enclosure, other)
+        enclosure = _narrower(enclosure, _run(name, network, query, given | {"region": "both"}, common | {"time_limit": left}))
     enclosure = _not_above_product(network, query, enclosure, gap)
     return dataclasses.replace(enclosure, choice=f"{choice} {enclosure.choice}".strip())
+
+
+def _built(method: str | ExactMethod, given: dict[str, Any], common: dict[str, Any]) -> ExactMethod:
+    """The method of this name with the options given; a method object as it is."""
+    if isinstance(method, str):
+        entry = registry.exact_method(method)
+        refuse_untaken(f"method={method!r}", given, entry.takes())
+        return entry.build(**given, **common)
+    if not isinstance(method, ExactMethod):
+        raise UnsupportedQuery(f"method is {type(method).__name__}: give a name, such as 'branch-and-bound', or a method object.")
+    if given or common != {"gap": 1e-6, "time_limit": None}:
+        raise UnsupportedQuery(f"a method object states its own options: give them to {type(method).__name__}(...).")
+    return method
+
+
+def _run(name: str, network: Network, query: Query, given: dict[str, Any], common: dict[str, Any]) -> Enclosure:
+    """The method that was chosen, with the options that it takes."""
+    entry = registry.exact_method(name)
+    taken = entry.takes()
+    return entry.build(**{option: v for option, v in given.items() if option in taken}, **common)(network, query)
 
 
 def _not_above_product(network: Network, query: Query, enclosure: Enclosure, gap: float) -> Enclosure:
@@ -118,7 +148,7 @@ def choose(network: Network, query: Query) -> tuple[str, str]:
     """The method `auto` takes for a query, and a sentence that says why: branch and bound wherever it answers."""
     size = f"{network.inputs} inputs, {elementwise(network).neurons} neurons"
     p, q = query.norm
-    if query.norm != (2.0, 2.0) and p != 1 and q != math.inf:
+    if query.norm not in BranchAndBound.norms:
         refusal = f"branch and bound has no bound for norm ({p:g}, {q:g})"
     elif (refusal := _refusal(network, query)) is None:
         return "branch-and-bound", f"Branch and bound: {size}; both its bounds are verified."
@@ -128,18 +158,13 @@ def choose(network: Network, query: Query) -> tuple[str, str]:
 
 def without_interior(network: Network, query: Query) -> tuple[str, str]:
     """The best method for the true constant besides branch and bound, and a sentence that says why."""
-    from lipguard.exact.enumeration import region_estimate
-    from lipguard.exact.mixed_integer import SOLVERS, kind_of
-    from lipguard.exact.preactivation import bounds
-
     task = problem(network, query)
     known = bounds(task.form, task.domain, query.norm, deadline=time.monotonic() + _BOUNDS_SECONDS)
     regions = region_estimate(task.form, known)
     count = "more than 1e12" if math.isinf(regions) else f"at most {regions:.0f}"
     size = f"{network.inputs} inputs, {task.form.size} neurons, {len(known.doubtful)} of them in doubt, {count} regions"
     kind = kind_of(query, network.inputs, network.outputs)
-    packages = {"gurobi": "gurobipy", "scip": "pyscipopt", "highs": "highspy"}
-    installed = [name for name in SOLVERS[kind] if importlib.util.find_spec(packages[name])]
+    installed = [solver for solver in registry.solvers(kind) if registry.available(solver)]
     if regions <= _REGIONS or not installed:
         return "enumeration", f"Enumeration: {size}."
     return kind, f"{kind.upper()}: {size}; installed: {', '.join(installed)}."
@@ -182,29 +207,3 @@ def _narrower(first: Enclosure, second: Enclosure) -> Enclosure:
         choice=f"{choice}constant is {second.upper:.9g}. {second.choice}".strip(),
         details={**second.details, "verified_upper": first.upper},
     )
-
-
-def _run(
-    network: Network,
-    query: Query,
-    method: str,
-    solver: str,
-    region: Literal["both", "closed", "strict"],
-    time_limit: float | None,
-    gap: float,
-    threads: int,
-    formulation: Literal["tightened", "published"],
-) -> Enclosure:
-    if method == "enumeration":
-        from lipguard.exact.enumeration import enumeration
-
-        return enumeration(network, query, time_limit=time_limit, gap=gap)
-    if method == "branch-and-bound":
-        module = importlib.import_module("lipguard.exact.branch_and_bound")
-        return module.branch_and_bound(network, query, time_limit=time_limit, gap=gap)
-    from lipguard.exact.mixed_integer import mixed_integer
-
-    return mixed_integer(
-        network, query, method=method, solver=solver, region=region, time_limit=time_limit, gap=gap, threads=threads,
-        formulation=formulation,
-    )  # fmt: skip

@@ -6,9 +6,11 @@ import dataclasses
 import importlib
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, cast
 
+from lipguard import registry
 from lipguard.certificate import Certificate, Enclosure, Query, Status
 from lipguard.errors import SolverFailed, SolverUnavailable, UnknownName, UnsupportedQuery
 from lipguard.exact.degenerate import degenerate_subset
@@ -16,12 +18,9 @@ from lipguard.exact.encoding import Encoding
 from lipguard.exact.preactivation import Bounds, bounds
 from lipguard.exact.problem import Problem, problem
 from lipguard.network import Network
-from lipguard.programs.mixed_integer import MixedIntegerProgram, MixedIntegerResult, MixedIntegerSolver
+from lipguard.programs.mixed_integer import MixedIntegerProgram, MixedIntegerResult
 
 _LOGGER = logging.getLogger("lipguard.exact")
-
-SOLVERS = {"miqcqp": ("gurobi", "scip"), "milp": ("gurobi", "highs", "scip")}
-"""Solvers of each kind of program, in the order in which "auto" tries them."""
 
 FORMULATIONS = ("tightened", "published")
 """What may be known to a program besides the network: see `mixed_integer`."""
@@ -77,6 +76,8 @@ def mixed_integer(
     """
     if region not in ("both", "closed", "strict"):
         raise UnknownName(f"region={region!r}: there are 'both', 'closed' and 'strict'.")
+    if solver != "auto":
+        registry.solver(solver, method)
     if formulation not in FORMULATIONS:
         raise UnknownName(f"formulation={formulation!r}: there are 'tightened' and 'published'.")
     task = problem(network, query, time_limit)
@@ -200,16 +201,17 @@ class _Run:
         program = encoding.program(cutoff, self.task.incumbent) if self.tighten else encoding.program()
         refused = []
         failed = False
-        for name in self._order(program):
-            module = solver_module(name)
-            reason = module.refusal(program)
+        for name, entry in self._order(program).items():
+            module = importlib.import_module(entry.path.partition(":")[0])
+            refuses: Callable[[MixedIntegerProgram], str | None] = getattr(module, "refusal", lambda _: None)
+            reason = refuses(program)
             if reason is not None:
                 refused.append(reason)
                 continue
             if refused:
                 self._say(f"SolverUnavailable: {' '.join(refused)} Using {name}.")
             try:
-                result = module.solve(program, time_limit=self.task.remaining, gap=self.gap / 8, threads=self.threads)
+                result = entry.load()(program, time_limit=self.task.remaining, gap=self.gap / 8, threads=self.threads)
             except SolverFailed as error:
                 failed = True
                 refused.append(f"SolverFailed: {error}")
@@ -223,13 +225,10 @@ class _Run:
         self.status = "solver failed"
         return None
 
-    def _order(self, program: MixedIntegerProgram) -> list[str]:
-        order = list(SOLVERS["miqcqp" if program.quadratic else "milp"])
-        if self.solver == "auto":
-            return order
-        if self.solver not in _MODULES:
-            raise UnknownName(f"solver={self.solver!r}: there are {', '.join(_MODULES)} and 'auto'.")
-        return [self.solver, *(name for name in order if name != self.solver)]
+    def _order(self, program: MixedIntegerProgram) -> dict[str, registry.Entry]:
+        """The solvers of this kind of program, the one that was asked for first."""
+        order = registry.solvers("miqcqp" if program.quadratic else "milp")
+        return order if self.solver == "auto" else {self.solver: registry.solvers()[self.solver]} | order
 
     def _accept(self, value: float, upper: Certificate, result: MixedIntegerResult) -> Certificate:
         """The solver's bound as the upper bound, if it is better and does not contradict what is known."""
@@ -256,11 +255,3 @@ class _Run:
         if note not in self.task.notes:
             self.task.notes.append(note)
             _LOGGER.info("%s", note)
-
-
-_MODULES = ("gurobi", "scip", "highs")
-
-
-def solver_module(name: str) -> MixedIntegerSolver:
-    """The module of a solver, imported only when asked for."""
-    return cast(MixedIntegerSolver, importlib.import_module(f"lipguard.solvers.{name}"))

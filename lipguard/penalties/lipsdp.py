@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipguard.bounds.semidefinite import LARGEST_DENSE, certify, check_query, propose
+from lipguard.bounds.cost import check_footprint
+from lipguard.bounds.solving import LARGEST_DENSE, propose, proved
 from lipguard.bounds.spectral import Spectral
 from lipguard.certificate import Certificate, Query
 from lipguard.errors import SolverFailed, UnsupportedQuery
@@ -140,7 +141,7 @@ def check(network: Network) -> None:
     Raises:
         UnsupportedQuery: the network has too many neurons.
     """
-    check_query(network, Query((2.0, 2.0), None), "the lipsdp penalty")
+    check_footprint(network, "the lipsdp penalty")
 
 
 def lipsdp(network: Network, t: Tensor | None = None, slopes: Slopes | None = None) -> tuple[Tensor, Tensor]:
@@ -296,7 +297,7 @@ class LipSDP(Penalty):
                 proposal = Proposal(x.exp().double(), found.largest * (1 + 3e-5), math.nan, 0, inside=True)
             except SolverFailed as failure:
                 notes.append(str(failure))
-            return certify(network, query, problem, proposal, "lipsdp-neuron", notes)
+            return proved(network, query, problem, proposal, "lipsdp-neuron", notes)
 
     def _slopes(self, network: Network) -> Slopes:
         return slope_restricted(network).slopes()

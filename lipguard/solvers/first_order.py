@@ -37,12 +37,12 @@ class FirstOrder:
     """Options of the method.
 
     Attributes:
-        tol: a stage ends when ten steps lower log rho by less than this.
+        progress: a stage ends when ten steps lower log rho by less than this.
         max_iterations: steps at most, over all stages.
         memory: pairs kept by L-BFGS.
     """
 
-    tol: float = 2e-5
+    progress: float = 2e-5
     max_iterations: int = 400
     memory: int = 60
 
@@ -81,7 +81,7 @@ class FirstOrder:
             limit = min(self.max_iterations - used, self.max_iterations // 2)
 
             def ends(values: list[float], limit: int = limit) -> bool:
-                slow = len(values) > 10 and values[-11] - values[-1] < self.tol
+                slow = len(values) > 10 and values[-11] - values[-1] < self.progress
                 return slow or len(values) > limit or time.perf_counter() > deadline
 
             y, steps = lbfgs(lambda y, p=p: value(y, p), y, self.memory, ends, change=_CHANGE)

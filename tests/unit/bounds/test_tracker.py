@@ -255,14 +255,14 @@ def test_a_domain_narrows_what_is_measured() -> None:
 
 
 def test_the_toeplitz_bound_stands_in_where_norms_take_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lipguard.bounds import tracker
+    from lipguard.bounds import choice
 
-    monkeypatch.setattr(tracker, "_LARGEST_CONVOLUTIONAL", 0)
-    monkeypatch.setattr(tracker, "_LARGEST_ELIMINATION", 0)
+    monkeypatch.setattr(choice, "_LARGEST_CONVOLUTIONAL", 0)
+    monkeypatch.setattr(choice, "_LARGEST_ELIMINATION", 0)
     network = lg.capture(nn.Sequential(nn.Conv1d(1, 2, 3), nn.ReLU()), torch.zeros(1, 1, 8))
-    assert tracker.affordable(network) == "spectral"
-    monkeypatch.setattr(tracker, "_NORM_WORK", 0)
-    assert tracker.affordable(network) == "toeplitz"
+    assert choice.affordable(network) == "spectral"
+    monkeypatch.setattr(choice, "_NORM_WORK", 0)
+    assert choice.affordable(network) == "toeplitz"
 
 
 def test_lower_bounds_of_many_outputs_need_no_jacobian(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,7 +288,7 @@ def test_deep_networks_are_climbed_on_from_the_last_point():
         upper, lower = tracker.update(0.05, floor=5.0)
         assert lower <= upper <= lg.bound(net, EXAMPLE).value * 1.02
         proved(tracker)
-        ends.append(tracker._end)
+        ends.append(tracker._warm.end)
     assert ends[0] is not None and ends[1] is not ends[0]
     # The gap that the ascent knows of is told.
     assert tracker.last.upper.details["gap"] <= 0.04

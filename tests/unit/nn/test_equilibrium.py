@@ -436,7 +436,7 @@ def check_contractive(seed):
         z = z + change
         if float(change.abs().max()) < 1e-14:
             break
-    assert float((z - node(v)).abs().max()) < 1e-8 * (1 + float(z.abs().max()))
+    assert float((z - node.value(v)).abs().max()) < 1e-8 * (1 + float(z.abs().max()))
 
 
 @pytest.mark.parametrize("seed", range(12))
