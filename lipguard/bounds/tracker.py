@@ -164,8 +164,7 @@ class Tracker:
 
     def _choice(self, network: Network) -> str:
         """What is said of a method that was chosen and is not the tightest."""
-        name = self._chosen.name
-        if self.method is not None or name == "lipsdp-neuron" or self._query.norm != (2.0, 2.0):
+        if self.method is not None or self._query.norm != (2.0, 2.0) or (name := self._chosen.name) == "lipsdp-neuron":
             return ""
         neurons = slope_restricted(network).neurons
         return f"{name} was chosen: one multiplier for each of {neurons} neurons takes longer than measuring may"

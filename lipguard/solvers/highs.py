@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +88,21 @@ def _maximise_by_scipy(objective: Vector, rows: Vector, right: Vector, lower: Ve
     return LinearResult(True, -float(answer.fun), answer.x, -answer.ineqlin.marginals)
 
 
+@contextlib.contextmanager
+def _scheduler(threads: int) -> Iterator[None]:
+    """The process's scheduler for this number of threads: it keeps that of its first use, and refuses any other afterwards."""
+    if threads == 1:
+        yield
+        return
+    import highspy
+
+    highspy.Highs.resetGlobalScheduler(True)
+    try:
+        yield
+    finally:
+        highspy.Highs.resetGlobalScheduler(True)  # the linear programs run in one thread
+
+
 def solve(
     program: MixedIntegerProgram, *, time_limit: float | None = None, gap: float = 1e-6, threads: int = 1
 ) -> MixedIntegerResult:
@@ -121,7 +138,8 @@ def solve(
     highs.HandleKeyboardInterrupt = True
     interrupted = False
     try:
-        highs.run()
+        with _scheduler(threads):
+            highs.run()
     except KeyboardInterrupt:
         interrupted = True
     kinds_of_end: dict[Any, ResultStatus] = {

@@ -202,5 +202,5 @@ def test_names_and_queries_that_do_not_exist():
         lg.bound(known.make(), known.example, method="lipsdp-neuron", norm=(INF, 1))
     with pytest.raises(InvalidDomain, match="2 entries, the network has 1 inputs"):
         lg.bound(known.make(), known.example, domain=lg.Box([0.0, 0.0], 1.0))
-    with pytest.raises(UnsupportedQuery, match="solves MILP and MIQCQP, not SDP. Use 'interior-point'"):
+    with pytest.raises(UnsupportedQuery, match=r"solves MILP and MIQCQP, not SDP\. Use 'interior-point'"):
         lg.bound(known.make(), known.example, solver="scip")

@@ -69,7 +69,7 @@ def test_an_activation_that_is_not_piecewise_linear():
 
 def test_names_and_norms():
     network = SMALL.network()
-    with pytest.raises(UnknownName, match=r"method='simplex'.*miqcqp"):
+    with pytest.raises(UnknownName, match=r"no exact method is called 'simplex'.*miqcqp"):
         exact(network, method="simplex")
     with pytest.raises(UnknownName, match=r"solver='cplex'.*gurobi"):
         exact(network, method="miqcqp", solver="cplex")
