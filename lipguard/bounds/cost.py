@@ -13,7 +13,7 @@ from lipguard.programs.rewriting import slope_restricted
 from lipguard.programs.torus import Torus
 from lipguard.verify.lmi.weighted import NORMS, parts_of
 from lipguard.verify.norms.factors import LARGEST_UNROLLED
-from lipguard.verify.rewriting import elementwise
+from lipguard.verify.rewriting import neurons_only
 
 MEMORY = 8e9
 """Bytes that the blocks of a program and of its proof may take."""
@@ -92,7 +92,7 @@ def elimination_work(network: Network) -> float:
     if not convolutions(network):
         return math.inf
     try:
-        torus = Torus(elementwise(network))
+        torus = Torus(neurons_only(network))
         check_search_memory(torus)
     except UnsupportedQuery:
         return math.inf

@@ -71,7 +71,7 @@ def test_names_and_norms():
     network = SMALL.network()
     with pytest.raises(UnknownName, match=r"no exact method is called 'simplex'.*miqcqp"):
         exact(network, method="simplex")
-    with pytest.raises(UnknownName, match=r"solver='cplex'.*gurobi"):
+    with pytest.raises(UnknownName, match=r"no solver is called 'cplex'.*gurobi"):
         exact(network, method="miqcqp", solver="cplex")
     with pytest.raises(UnknownName, match=r"region='open'"):
         exact(network, method="miqcqp", region="open")
