@@ -7,9 +7,8 @@ whose last bits depend on the processor (matrix products, exponentials) are not 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,24 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lipguard.audit.encoding import from_plain, to_plain
 from lipguard.capture.capture import capture
-from lipguard.errors import NotCertified
-from lipguard.network import (
-    Activation,
-    Affine,
-    Coupled,
-    Coupling,
-    Elementwise,
-    Implicit,
-    Input,
-    Network,
-    Node,
-    Operator,
-    Sum,
-    activations,
-    coupled,
-    operators,
-    smooth,
-)
+from lipguard.capture.rules.registry import load
+from lipguard.errors import LipguardError, NotCertified
+from lipguard.network import Network
+from lipguard.network.record import read_node, write_part
 from lipguard.programs.rewriting import slope_restricted
 from lipguard.query import Outputs
 
@@ -51,7 +36,6 @@ _EXACT = frozenset({
 })  # fmt: skip
 """aten operations without side effects whose result IEEE 754 fixes to the bit: entrywise, one rounding, no long sums."""
 
-_NODES = {kind.__name__: kind for kind in (Input, Affine, Activation, Implicit, Sum, Coupled)}
 _DROPPED = ("device", "layout", "pin_memory", "non_blocking", "memory_format")
 _LONGEST = 64
 """A tensor behind more operations than this is stored."""
@@ -69,7 +53,7 @@ def captured(
     """The network of a module, as `lipguard.capture` gives it, and the recipe that rebuilds it from the module's state_dict.
 
     Raises:
-        LipguardError: what `lipguard.capture` raises.
+        LipguardError: what `lipguard.capture` raises; UnsupportedLayer where no record can hold a part of the network.
     """
     weights = model.state_dict(keep_vars=True)
     watcher = _Watcher(weights)
@@ -96,14 +80,15 @@ def rebuild(recipe: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Network
         NotCertified: an entry is missing, or the recipe is damaged. The digest is not compared here.
     """
     plain = {name.replace("_orig_mod.", ""): tensor for name, tensor in weights.items()}
+    load()  # rules of other packages bring their activations
     try:
         tensors: list[Tensor] = []
         for step in recipe["tensors"]:
             tensors.append(_step(step, tensors, weights, plain))
-        return Network(tuple(_node(node, tensors) for node in recipe["nodes"]))
+        return Network(tuple(read_node(node, tensors.__getitem__) for node in recipe["nodes"]))
     except KeyError as error:
         raise NotCertified(f"the network cannot be rebuilt: the checkpoint or the record has no {error}.") from error
-    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+    except (LipguardError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         raise NotCertified(f"the network cannot be rebuilt from the record: {type(error).__name__}: {error}") from error
 
 
@@ -159,7 +144,7 @@ def _tensors(tree: object) -> list[Tensor]:
 
 def _recipe(network: Network, watcher: _Watcher) -> Recipe:
     writer = _Writer(watcher)
-    nodes = [writer.record(node) for node in network.nodes]
+    nodes = [write_part(node, writer.store) for node in network.nodes]
     return {
         "digest": network.digest,
         "inputs": network.inputs,
@@ -178,26 +163,8 @@ class _Writer:
         self._watcher = watcher
         self._written: dict[_Key, int] = {}
 
-    def record(self, part: object) -> dict[str, Any]:
-        """A node, operator or activation as a JSON object."""
-        if isinstance(part, activations.PiecewiseLinear):
-            fields: dict[str, Any] = {"name": part.name, "breaks": part.breaks, "pieces": part.pieces, "value": part.value}
-        elif isinstance(part, smooth.Smooth):
-            fields = {"name": part.name, "parameters": [float(p) for p in part.parameters]}
-        elif dataclasses.is_dataclass(part):
-            fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
-        else:
-            raise TypeError(f"{type(part).__name__} cannot be stored in a record.")
-        return {"kind": type(part).__name__} | {name: self._field(value) for name, value in fields.items()}
-
-    def _field(self, value: object) -> object:
-        if isinstance(value, Tensor):
-            return {"tensor": self._tensor(value.detach())}
-        if isinstance(value, (list, tuple)):
-            return list(value)
-        return self.record(value) if dataclasses.is_dataclass(value) or isinstance(value, Elementwise) else value
-
-    def _tensor(self, tensor: Tensor) -> int:
+    def store(self, tensor: Tensor) -> int:
+        """The place of the step that makes the tensor."""
         before = len(self.steps)
         try:
             place = self._trace(tensor)
@@ -273,40 +240,3 @@ def _value(argument: Any, tensors: list[Tensor]) -> Any:
     if isinstance(argument, dict):
         return tensors[argument["tensor"]] if "tensor" in argument else getattr(torch, argument["dtype"])
     return [_value(item, tensors) for item in argument] if isinstance(argument, list) else argument
-
-
-def _node(record: Mapping[str, Any], tensors: list[Tensor]) -> Node:
-    kind = _NODES[record["kind"]]
-    fields: dict[str, Any] = {name: _part(value, tensors) for name, value in record.items() if name != "kind"}
-    return cast("Node", kind(**fields))
-
-
-def _part(value: Any, tensors: list[Tensor]) -> Any:
-    if isinstance(value, list):
-        return tuple(value)
-    if not isinstance(value, dict):
-        return value
-    if "tensor" in value:
-        return tensors[value["tensor"]]
-    fields = {name: _part(field, tensors) for name, field in value.items() if name != "kind"}
-    if value["kind"] in ("PiecewiseLinear", "Smooth", "Wave"):
-        return _function(value["kind"], fields)
-    return cast("Operator | Coupling", _operator(value["kind"])(**fields))
-
-
-def _function(kind: str, fields: dict[str, Any]) -> Elementwise:
-    name = fields["name"]
-    if kind == "PiecewiseLinear":
-        # `rounded` is no field of the record: which slopes are rounded is known from the function.
-        return activations.PiecewiseLinear(name, fields["breaks"], fields["pieces"], fields["value"], name == "hardsigmoid")
-    made = getattr(smooth, name.replace("-", "_"))(*fields["parameters"])
-    if not isinstance(made, smooth.Smooth) or made.name != name:
-        raise ValueError(f"no activation is called {name!r}")
-    return made
-
-
-def _operator(kind: str) -> type:
-    found = getattr(operators if hasattr(operators, kind) else coupled, kind)
-    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
-        raise ValueError(f"no operator is called {kind!r}")
-    return found

@@ -21,7 +21,7 @@ from lipguard.capture.rules.registry import canonical, function_rule, module_rul
 from lipguard.errors import InvalidModel, UnsupportedLayer
 from lipguard.network import Activation, Affine, Coupled, Coupling, Implicit, Input, Node, Sum
 from lipguard.network.activations import Elementwise
-from lipguard.network.operators import Index, Operator
+from lipguard.network.operators import Operator
 
 # Calls that read only shape, type and place of a tensor.
 _METADATA = frozenset({
@@ -97,6 +97,7 @@ class Trace:
 
     def __init__(self, size: int, names: Mapping[int, str], live: bool, root: str) -> None:
         self.nodes: list[Node] = [Input(size)]
+        self.sizes = [size]
         self.live = live
         self._names = names
         self._stack: list[tuple[str, nn.Module]] = []
@@ -211,6 +212,7 @@ class Trace:
         for i, known in enumerate(self.nodes):
             if _same(known, node):
                 return i
+        self.sizes.append(node.length([self.sizes[s] for s in node.sources]))
         self.nodes.append(node)
         return len(self.nodes) - 1
 
@@ -306,7 +308,7 @@ class Tracer(TorchFunctionMode):
             return result
         if not isinstance(result, Tensor):
             trace.refuse(f"returns {type(result).__name__}, not a tensor.")
-        size = _size(trace.nodes, node)
+        size = trace.sizes[node]
         if result.ndim == 0 or result.shape[0] != self._rows or result.numel() != self._rows * size:
             trace.refuse(
                 f"gives shape {tuple(result.shape)} where {self._rows} samples of {size} entries are held: the batch dimension "
@@ -357,26 +359,9 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 def _same(a: Node, b: Node) -> bool:
     """Whether two nodes are the same sum, selection or coupled function of the same values."""
-    if isinstance(a, Sum) and isinstance(b, Sum):
-        return a.sources == b.sources
-    if isinstance(a, Affine) and isinstance(b, Affine) and a.source == b.source and a.bias is None and b.bias is None:
-        p, q = a.operator, b.operator
-        return isinstance(p, Index) and isinstance(q, Index) and p.transposed == q.transposed and torch.equal(p.index, q.index)
-    if isinstance(a, Coupled) and isinstance(b, Coupled) and a.source == b.source and type(a.function) is type(b.function):
-        return all(torch.equal(s, t) for s, t in zip(a.function.tensors(), b.function.tensors(), strict=True))
-    return False
-
-
-def _size(nodes: Sequence[Node], index: int) -> int:
-    while True:
-        node = nodes[index]
-        if isinstance(node, Input):
-            return node.size
-        if isinstance(node, Affine):
-            return node.operator.shape[0]
-        if isinstance(node, Coupled):
-            return node.function.outputs
-        index = node.source if isinstance(node, Activation | Implicit) else node.sources[0]
+    if not (a.weightless and b.weightless and a.sources == b.sources and a.structure() == b.structure()):
+        return False
+    return all(torch.equal(s, t) for s, t in zip(a.tensors(), b.tensors(), strict=True))
 
 
 def _describe(func: Callable[..., Any], key: object) -> str:

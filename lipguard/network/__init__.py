@@ -12,8 +12,9 @@ from lipguard.network.coupled import Coupling
 from lipguard.network.network import Network
 from lipguard.network.nodes import Activation, Affine, Coupled, Implicit, Input, Node, Sum
 from lipguard.network.operators import Conv, Dense, Diagonal, Index, Operator
+from lipguard.network.walk import Adjoint, Linear, Walk
 
 __all__ = [
-    "Activation", "Affine", "Conv", "Coupled", "Coupling", "Dense", "Diagonal", "Elementwise", "Implicit", "Index", "Input",
-    "Network", "Node", "Operator", "Sum",
+    "Activation", "Adjoint", "Affine", "Conv", "Coupled", "Coupling", "Dense", "Diagonal", "Elementwise", "Implicit", "Index",
+    "Input", "Linear", "Network", "Node", "Operator", "Sum", "Walk",
 ]  # fmt: skip

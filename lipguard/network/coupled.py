@@ -9,15 +9,44 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from lipguard.rounding import gamma, sqrt_up
+from lipguard.errors import NotCertified, UnsupportedLayer
+from lipguard.network.part import Part
+from lipguard.rounding import TINY, UNIT, gamma, sqrt_up
+
+T = TypeVar("T")
 
 
-class Coupling(ABC):
+class Groups(Generic[T]):
+    """What an algorithm makes of each kind of function of groups, as `lipguard.network.walk.Walk` says of kinds of nodes."""
+
+    def maxima(self, function: Maxima) -> T:
+        """Maxima over windows."""
+        return self.other(function)
+
+    def sort(self, function: Sort) -> T:
+        """Sorts."""
+        return self.other(function)
+
+    def reflection(self, function: Reflection) -> T:
+        """Reflections."""
+        return self.other(function)
+
+    def other(self, function: Coupling) -> T:
+        """A kind that the algorithm does not know.
+
+        Raises:
+            UnsupportedLayer: always, unless it says otherwise.
+        """
+        raise UnsupportedLayer(f"nothing of this kind is known of the function {type(function).__name__}.")
+
+
+class Coupling(Part, ABC):
     """A piecewise-linear function of groups of entries.
 
     Attributes:
@@ -39,6 +68,18 @@ class Coupling(ABC):
     def norm(self, p: float) -> float:
         """Upper bound of the Lipschitz constant from p-norm to p-norm, p = 1, 2 or inf."""
 
+    def magnitude(self, r: Tensor, size: int | None = None) -> Tensor:
+        """Upper bound of |J| r over all Jacobians J, entry by entry; of |J'| r where `size`, the number of inputs, is given.
+
+        Raises:
+            NotCertified: none is known.
+        """
+        raise NotCertified(f"no bound of absolute values is known of the function {type(self).__name__}.")
+
+    def meet(self, groups: Groups[T]) -> T:
+        """What an algorithm makes of it: it calls the method for its kind; a kind without one is `other`."""
+        return groups.other(self)
+
     @property
     def tied(self) -> bool:
         """Whether its entries are neurons of which only each group's sum of squares is known not to grow."""
@@ -53,6 +94,10 @@ class Coupling(ABC):
         label = torch.empty(size, dtype=torch.int64, device=self.index.device)
         label[self.index.flatten()] = torch.arange(len(self.index), device=label.device).repeat_interleave(self.index.shape[1])
         return label
+
+    def _spread(self, grouped: Tensor) -> Tensor:
+        """Numbers for the entries of each group, at the places of the entries."""
+        return grouped.flatten()[self.index.flatten().argsort()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +131,18 @@ class Maxima(Coupling):
         read = self.index[self.index >= 0]
         count = int(torch.bincount(read).max())
         return float(count) if p == 1 or count == 1 else sqrt_up(count)
+
+    def magnitude(self, r: Tensor, size: int | None = None) -> Tensor:
+        """The largest of each window: exact; back, the sum over the windows that an entry lies in: each may choose it."""
+        if size is None:
+            return torch.cat([r, r.new_zeros(1)])[self.index].amax(1)
+        place = torch.where(self.index < 0, size, self.index)
+        total = r.new_zeros(size + 1).index_add(0, place.flatten(), r[:, None].expand_as(self.index).flatten())[:-1]
+        return total * (1 + 2 * gamma(self.index.numel() + 2))  # sums of nonnegative numbers, at most one for each place
+
+    def meet(self, groups: Groups[T]) -> T:
+        """`Groups.maxima`."""
+        return groups.maxima(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +181,14 @@ class Sort(Coupling):
         """1 for every p: Jacobians are permutations."""
         del p
         return 1.0
+
+    def magnitude(self, r: Tensor, size: int | None = None) -> Tensor:
+        """The largest of each group, exactly: any entry may go to any place of its group, forwards and back."""
+        return self._spread(r[self.index].amax(1, keepdim=True).expand_as(self.index))
+
+    def meet(self, groups: Groups[T]) -> T:
+        """`Groups.sort`."""
+        return groups.sort(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,9 +234,25 @@ class Reflection(Coupling):
         # 1 - 2 v^2 may cancel: its error is relative to 1 + 2 v^2.
         return max(1.0, float((off * grown + 4 * gamma(4) * (1 + 2 * v * v)).max()))
 
+    def magnitude(self, r: Tensor, size: int | None = None) -> Tensor:
+        """max(1, |1 - 2 v_i^2|) r_i + sum over the others of 2 |v_i v_j| r_j; its Jacobians are symmetric."""
+        v, own = self.directions.abs(), r[self.index]
+        # The sum of all less its own term, both rounded: the sum is raised by its error before. 16 roundings at most follow.
+        cross = 2 * v * ((v * own).sum(1, keepdim=True) * (1 + 2 * gamma(v.shape[1] + 4)) - v * own).clamp_min(0)
+        steepest = torch.maximum(torch.ones_like(v), 2 * v * v - 1)
+        return self._spread((steepest * own + cross) * (1 + 16 * UNIT) + TINY)
+
+    def meet(self, groups: Groups[T]) -> T:
+        """`Groups.reflection`."""
+        return groups.reflection(self)
+
     def tensors(self) -> tuple[Tensor, ...]:
         """Places and directions."""
         return self.index, self.directions
+
+
+KINDS: dict[str, type[Coupling]] = {"Maxima": Maxima, "Reflection": Reflection, "Sort": Sort}
+"""The kinds that a record may hold, by the name that stands in it."""
 
 
 def _partition(index: Tensor) -> None:

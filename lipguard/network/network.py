@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lipguard.network.nodes import Affine, Input, Node
 from lipguard.network.operators import Dense
+from lipguard.network.walk import Walk, fold, pull
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +82,14 @@ class Network:
         for node in self.nodes[1:]:
             values.append(node.value(*(values[s] for s in node.sources)))
         return values
+
+    def fold(self, walk: Walk[T]) -> list[T]:
+        """What a walk makes of every node, from the input on."""
+        return fold(self.nodes, walk)
+
+    def pull(self, walk: Walk[T], last: T, plus: Callable[[Any, Any], Any] = operator.add) -> dict[int, T]:
+        """What arrives at every node from behind, where `last` is handed to the output; see `lipguard.network.walk`."""
+        return pull(self.nodes, walk, last, plus)
 
     def with_outputs(self, matrix: Tensor) -> Network:
         """The network followed by the linear map `matrix`, shape (k, m): for class pairs and margins."""

@@ -1,15 +1,25 @@
 """The nodes of a network, each of which speaks for itself: what it reads, its size, its value, what defines it.
 
-A network is a graph of these; what an algorithm makes of a kind of node is the algorithm's own matter.
+A network is a graph of these. What an algorithm makes of a kind of node is the algorithm's own matter: it states that as a
+`lipguard.network.walk.Walk`, which refuses by name the kinds that it does not know. So a new kind of node takes five files:
+
+    network/nodes.py           the kind: its value, its structure, its entry in `KINDS`
+    network/walk.py            its method, which refuses it wherever nothing else is said
+    capture/rules/             the rule that emits it
+    verify/norms/factors.py    its norm: all product bounds, and the methods that fall back to them
+    verify/point/witness.py    its derivative at a point: all lower bounds
+
+Everywhere else it is refused by name until it is taught; a kind that can be written with affine maps and neurons is instead
+rewritten (`lipguard.programs.rewriting`, and the checker's own `lipguard.verify.rewriting`), and is then known everywhere.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
-from typing import TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,15 +28,34 @@ from lipguard.network import implicit
 from lipguard.network.activations import Elementwise
 from lipguard.network.coupled import Coupling
 from lipguard.network.operators import Operator
+from lipguard.network.part import Part
+
+if TYPE_CHECKING:
+    from lipguard.network.walk import Walk
+
+T = TypeVar("T")
 
 V = TypeVar("V")
 """A value in another arithmetic: an enclosure, a row of coefficients, a bound."""
 
 
-class Vertex(ABC):
-    """What every node answers, whatever its kind; besides, `sources`, the nodes that it reads, a field of sums."""
+class Vertex(Part, ABC):
+    """What every node answers, whatever its kind; besides, `sources`, the nodes that it reads, a field of sums.
+
+    `meet` brings it before an algorithm. The properties below state what it has of what algorithms look for.
+    """
 
     name: str
+
+    bias: Tensor | None = None
+    """What it adds to a linear map of what it reads, (size,)."""
+
+    parts: ClassVar[Mapping[str, type[Part]]] = {}
+    """The fields that are parts themselves, and what they are."""
+
+    def meet(self, walk: Walk[T], i: int, *read: T) -> T:
+        """What a walk makes of it: it calls the walk's method for its kind; a kind without one is the walk's `other`."""
+        return walk.other(i, self, *read)
 
     @abstractmethod
     def moved(self, place: Callable[[int], int]) -> Node:
@@ -68,6 +97,46 @@ class Vertex(ABC):
     def tied(self) -> Coupling | None:
         """The function of groups whose increments are known to grow in no group's 2-norm, a group at a time; else None."""
         return None
+
+    @property
+    def variable(self) -> bool:
+        """Whether it is no linear function of what it reads, so that linear combinations of values end at it."""
+        return True
+
+    @property
+    def map(self) -> Operator | None:
+        """The operator that it applies to what it reads, and adds at most a constant to; None where it does not."""
+        return None
+
+    @property
+    def elementwise(self) -> Elementwise | None:
+        """The function that makes its entries from as many pre-activations; None where there is none."""
+        return None
+
+    @property
+    def loop(self) -> Operator | None:
+        """The operator through which its value feeds back into its own pre-activations; None where it is explicit."""
+        return None
+
+    @property
+    def coupling(self) -> Coupling | None:
+        """The function of groups of entries that it applies; None where there is none."""
+        return None
+
+    @property
+    def selection(self) -> Tensor | None:
+        """The int64 index of a node that only chooses entries of what it reads, a zero where it is -1; else None."""
+        return None
+
+    @property
+    def weightless(self) -> bool:
+        """Whether it only chooses, adds or compares entries, so that a reader may make one node of two that are alike."""
+        return False
+
+    @property
+    def in_place(self) -> bool:
+        """Whether entry i of its value depends on entries i of what it reads alone, so that images stay images."""
+        return False
 
 
 class _Reader(Vertex):
@@ -114,6 +183,10 @@ class Input(Vertex):
         """The input is given, not computed."""
         raise TypeError("the input's value is given by the caller")
 
+    def meet(self, walk: Walk[T], i: int, *read: T) -> T:
+        """`Walk.input`."""
+        return walk.input(i, self)
+
     def structure(self) -> str:
         """Its length."""
         return f"input {self.size}"
@@ -127,6 +200,7 @@ class Affine(_Reader):
     operator: Operator
     bias: Tensor | None = None
     name: str = ""
+    parts: ClassVar[Mapping[str, type[Part]]] = {"operator": Operator}
 
     def length(self, read: Sequence[int]) -> int:
         """Rows of the operator."""
@@ -144,6 +218,35 @@ class Affine(_Reader):
         del total
         return through(read[0], self.operator, self.bias)
 
+    def meet(self, walk: Walk[T], i: int, *read: T) -> T:
+        """`Walk.affine`."""
+        return walk.affine(i, self, *read)
+
+    @property
+    def variable(self) -> bool:
+        """No."""
+        return False
+
+    @property
+    def map(self) -> Operator:
+        """The operator."""
+        return self.operator
+
+    @property
+    def selection(self) -> Tensor | None:
+        """The operator's, where no bias is added."""
+        return self.operator.selection if self.bias is None else None
+
+    @property
+    def in_place(self) -> bool:
+        """Where the operator is diagonal."""
+        return self.operator.in_place
+
+    @property
+    def weightless(self) -> bool:
+        """Where the operator is an index, and no bias is added."""
+        return self.bias is None and self.operator.weightless
+
     def structure(self) -> str:
         """Source, operator, and whether there is a bias."""
         return f"affine {self.source} {operator_structure(self.operator)} {self.bias is not None}"
@@ -160,10 +263,25 @@ class Activation(_Reader):
     source: int
     function: Elementwise
     name: str = ""
+    parts: ClassVar[Mapping[str, type[Part]]] = {"function": Elementwise}
 
     def value(self, *read: Tensor) -> Tensor:
         """The function, entry by entry."""
         return self.function(read[0])
+
+    def meet(self, walk: Walk[T], i: int, *read: T) -> T:
+        """`Walk.activation`."""
+        return walk.activation(i, self, *read)
+
+    @property
+    def elementwise(self) -> Elementwise:
+        """The function."""
+        return self.function
+
+    @property
+    def in_place(self) -> bool:
+        """Yes."""
+        return True
 
     def structure(self) -> str:
         """Source and function."""
@@ -205,6 +323,25 @@ class Sum(Vertex):
         del through
         return total(read)
 
+    def meet(self, walk: Walk[T], i: int, *read: T) -> T:
+        """`Walk.total`."""
+        return walk.total(i, self, *read)
+
+    @property
+    def variable(self) -> bool:
+        """No."""
+        return False
+
+    @property
+    def in_place(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def weightless(self) -> bool:
+        """Yes."""
+        return True
+
     def structure(self) -> str:
         """The sources."""
         return f"sum {self.sources}"
@@ -217,6 +354,7 @@ class Coupled(_Reader):
     source: int
     function: Coupling
     name: str = ""
+    parts: ClassVar[Mapping[str, type[Part]]] = {"function": Coupling}
 
     def length(self, read: Sequence[int]) -> int:
         """Length of the function's result."""
@@ -225,6 +363,20 @@ class Coupled(_Reader):
     def value(self, *read: Tensor) -> Tensor:
         """The function."""
         return self.function(read[0])
+
+    def meet(self, walk: Walk[T], i: int, *read: T) -> T:
+        """`Walk.coupled`."""
+        return walk.coupled(i, self, *read)
+
+    @property
+    def coupling(self) -> Coupling:
+        """The function."""
+        return self.function
+
+    @property
+    def weightless(self) -> bool:
+        """Yes."""
+        return True
 
     def structure(self) -> str:
         """Source and function."""
@@ -248,6 +400,7 @@ class Implicit(_Reader):
     operator: Operator
     function: Elementwise
     name: str = ""
+    parts: ClassVar[Mapping[str, type[Part]]] = {"operator": Operator, "function": Elementwise}
 
     @property
     def slopes(self) -> tuple[Tensor, Tensor]:
@@ -277,6 +430,20 @@ class Implicit(_Reader):
         _ = self.scaling
         return implicit.equilibrium(self.operator.dense(), read[0], self.function, *self.widened, self.name)
 
+    def meet(self, walk: Walk[T], i: int, *read: T) -> T:
+        """`Walk.implicit`."""
+        return walk.implicit(i, self, *read)
+
+    @property
+    def elementwise(self) -> Elementwise:
+        """The function."""
+        return self.function
+
+    @property
+    def loop(self) -> Operator:
+        """The operator."""
+        return self.operator
+
     def structure(self) -> str:
         """Source, operator and function."""
         return f"implicit {self.source} {operator_structure(self.operator)} {self.function.name}"
@@ -287,6 +454,11 @@ class Implicit(_Reader):
 
 
 Node = Input | Affine | Activation | Implicit | Sum | Coupled
+
+KINDS: dict[str, type[Node]] = {
+    "Activation": Activation, "Affine": Affine, "Coupled": Coupled, "Implicit": Implicit, "Input": Input, "Sum": Sum,
+}  # fmt: skip
+"""The kinds that a record may hold, by the name that stands in it."""
 
 
 def operator_structure(operator: Operator) -> str:

@@ -77,22 +77,10 @@ def rrelu(
     return leaky_relu(trace, input, (lower + upper) / 2)
 
 
-@lowers("abs")
-def absolute(trace: Trace, input: Value) -> int:
-    """|z|."""
-    return _piecewise(trace, input, activations.absolute())
-
-
-@lowers("hardsigmoid")
-def hardsigmoid(trace: Trace, input: Value, inplace: bool = False) -> int:
-    """relu6(z + 3) / 6."""
-    return _piecewise(trace, input, activations.hardsigmoid())
-
-
 @lowers("softshrink")
 def softshrink(trace: Trace, input: Value, lambd: float = 0.5) -> int:
     """z moved towards 0 by lambd."""
-    return _piecewise(trace, input, activations.softshrink(float(lambd)))
+    return trace.activation(input, activations.softshrink(float(lambd)).to(input.tensor.device))
 
 
 @lowers("elu")
@@ -131,23 +119,26 @@ def _plain(name: str, make: Callable[[], Elementwise]) -> None:
     """Register a function without parameters."""
 
     def rule(trace: Trace, input: Value, inplace: bool = False) -> int:
-        return trace.activation(input, make())
+        return trace.activation(input, make().to(input.tensor.device))
 
     lowers(name)(rule)
 
 
-for _name in ("tanh", "sigmoid", "logsigmoid", "softsign", "selu", "silu", "mish", "hardswish", "sin", "cos"):
-    _plain(_name, getattr(smooth, _name))
+_plain("abs", activations.absolute)
+_plain("hardsigmoid", activations.hardsigmoid)
+_plain("tanh", smooth.tanh)
+_plain("sigmoid", smooth.sigmoid)
+_plain("logsigmoid", smooth.logsigmoid)
+_plain("softsign", smooth.softsign)
+_plain("selu", smooth.selu)
+_plain("silu", smooth.silu)
+_plain("mish", smooth.mish)
+_plain("hardswish", smooth.hardswish)
+_plain("sin", smooth.sin)
+_plain("cos", smooth.cos)
 
 
 def clipped(trace: Trace, x: Value, low: Number | None, high: Number | None, name: str) -> int:
     """min(max(x, low), high) with constant ends."""
     ends = [None if end is None else trace.per_feature(end, x) for end in (low, high)]
     return trace.activation(x, activations.clip(*ends, name=name))
-
-
-def _piecewise(trace: Trace, x: Value, function: activations.PiecewiseLinear) -> int:
-    device = x.tensor.device
-    function.breaks, function.pieces = function.breaks.to(device), function.pieces.to(device)
-    function.value = function.value.to(device)
-    return trace.activation(x, function)

@@ -15,7 +15,6 @@ from torch.nn import functional as F  # noqa: N812
 
 from lipguard.capture.rules.registry import lowers
 from lipguard.capture.trace import Trace, Value
-from lipguard.network import Affine
 from lipguard.network.operators import Index
 
 _MOVES: dict[str, Callable[..., Any]] = {
@@ -91,8 +90,9 @@ def select(trace: Trace, node: int, index: Tensor, size: int, shift: Tensor | No
 def _read(trace: Trace, x: Value) -> tuple[int, Tensor, int]:
     """The node that a value's entries are read from, their places there, and its size: one selection is looked through."""
     node = trace.nodes[x.node]
-    if isinstance(node, Affine) and isinstance(node.operator, Index) and node.bias is None and not node.operator.transposed:
-        return node.source, node.operator.index, node.operator.size
+    if node.selection is not None:
+        source = node.sources[0]
+        return source, node.selection, trace.sizes[source]
     return x.node, torch.arange(x.size, device=x.tensor.device), x.size
 
 

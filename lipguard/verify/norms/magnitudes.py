@@ -16,7 +16,6 @@ from torch import Tensor
 from lipguard.certificate import Magnitudes
 from lipguard.errors import NotCertified
 from lipguard.network import Activation, Affine, Coupled, Coupling, Implicit, Input, Network, Operator, Sum
-from lipguard.network.coupled import Maxima, Reflection, Sort
 from lipguard.rounding import TINY, UNIT, gamma, norm_up, sum_up
 from lipguard.verify.norms.implicit import prove_magnitude
 
@@ -88,30 +87,8 @@ def _backwards(network: Network, vectors: dict[int, Tensor]) -> Tensor:
 
 
 def coupled_magnitude(function: Coupling, r: Tensor, size: int | None = None) -> Tensor:
-    """Upper bound of |J| r over all Jacobians of the function, entry by entry; with its number of inputs, of |J'| r.
-
-    Raises:
-        NotCertified: the function is of no known kind.
-    """
-    index = function.index
-    match function:
-        case Maxima() if size is not None:
-            # An entry may be the largest of every window it lies in.
-            place = torch.where(index < 0, size, index)
-            total = r.new_zeros(size + 1).index_add(0, place.flatten(), r[:, None].expand_as(index).flatten())[:-1]
-            return total * (1 + 2 * gamma(index.numel() + 2))
-        case Maxima():
-            return torch.cat([r, r.new_zeros(1)])[index].amax(1)
-        case Sort():
-            grouped = r[index].amax(1, keepdim=True).expand_as(index)
-        case Reflection():
-            v, own = function.directions.abs(), r[index]
-            # max(1, |1 - 2 v_i^2|) r_i + sum over the others of 2 |v_i v_j| r_j
-            cross = 2 * v * ((v * own).sum(1, keepdim=True) * (1 + 2 * gamma(v.shape[1] + 4)) - v * own).clamp_min(0)
-            grouped = (torch.maximum(torch.ones_like(v), 2 * v * v - 1) * own + cross) * (1 + 16 * UNIT) + TINY
-        case _:
-            raise NotCertified(f"no check knows the function {type(function).__name__}.")
-    return grouped.flatten()[index.flatten().argsort()]
+    """Upper bound of |J| r over all Jacobians of the function, entry by entry; with its number of inputs, of |J'| r."""
+    return function.magnitude(r, size)
 
 
 def _apply(magnitude: Operator, x: Tensor) -> Tensor:

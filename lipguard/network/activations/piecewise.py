@@ -1,45 +1,13 @@
-"""Elementwise functions with proven slope intervals, on all of R and on intervals."""
+"""`PiecewiseLinear`: functions by break points and slopes."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-class Elementwise(ABC):
-    """A function phi: R -> R applied entry by entry, with alpha <= (phi(s) - phi(t)) / (s - t) <= beta.
-
-    Parameters may be one number for all entries or one per entry (shape (size,)).
-    """
-
-    name: str
-
-    @abstractmethod
-    def __call__(self, z: Tensor) -> Tensor:
-        """phi(z), entry by entry, float64."""
-
-    @property
-    @abstractmethod
-    def slopes(self) -> tuple[Tensor, Tensor]:
-        """(alpha, beta) on all of R, rounded outward; 0-d or (size,)."""
-
-    @abstractmethod
-    def slope_range(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        """Enclosure of every slope (generalised derivative) of phi on [lower, upper], entry by entry, rounded outward."""
-
-    def rounding(self, z: Tensor) -> Tensor:
-        """Upper bound of the rounding error of phi(z), entry by entry.
-
-        Torch's elementary functions are accurate to a few ulps (2**-52); 2**-40 is granted, relative to phi(z) and to z.
-        """
-        alpha, beta = self.slopes
-        return 2.0**-40 * (self(z).abs() + torch.maximum(alpha.abs(), beta.abs()) * z.abs())
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The parameters, for the digest."""
-        return ()
+from lipguard.network.activations.base import Elementwise
 
 
 class PiecewiseLinear(Elementwise):
@@ -100,6 +68,27 @@ class PiecewiseLinear(Elementwise):
         """Break points, slopes and the value at the first break."""
         return self.breaks, self.pieces, self.value
 
+    @property
+    def piecewise(self) -> PiecewiseLinear:
+        """Itself."""
+        return self
+
+    def to(self, device: torch.device) -> PiecewiseLinear:
+        """The function with its break points and slopes on a device."""
+        return PiecewiseLinear(
+            self.name, self.breaks.to(device), self.pieces.to(device), self.value.to(device), rounded=self.rounded
+        )
+
+    def to_record(self) -> dict[str, Any]:
+        """Name, break points, slopes and value: they are the function. Whether slopes are rounded, the name says.
+
+        Raises:
+            UnsupportedLayer: it is of a subclass, which has no record form of its own.
+        """
+        if type(self) is not PiecewiseLinear:
+            return super().to_record()
+        return {"kind": "PiecewiseLinear", "name": self.name, "breaks": self.breaks, "pieces": self.pieces, "value": self.value}
+
     def _outward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         if not self.rounded:
             return low, high
@@ -108,55 +97,11 @@ class PiecewiseLinear(Elementwise):
         return low, torch.where(high == 0, high, torch.nextafter(high, infinity))
 
 
-def relu() -> PiecewiseLinear:
-    """max(z, 0): slopes 0 and 1."""
-    return PiecewiseLinear("relu", _numbers(0.0), _numbers(0.0, 1.0))
-
-
-def leaky_relu(slope: float | Tensor, name: str = "leaky-relu") -> PiecewiseLinear:
-    """z for z > 0, slope z below: slopes `slope` and 1; one slope, or one per entry (PReLU), of any sign and size."""
-    left = _number(slope)
-    return PiecewiseLinear(name, _numbers(0.0, like=left), torch.stack([left, torch.ones_like(left)]))
-
-
-def clip(lower: float | Tensor | None = None, upper: float | Tensor | None = None, name: str = "clip") -> PiecewiseLinear:
-    """min(max(z, lower), upper): slopes 0 and 1 (Hardtanh, ReLU6, clamp); the ends may be one per entry.
-
-    With lower > upper torch.clamp is the constant `upper`; both break points are then put there, with slope 0 between
-    and on both sides.
-    """
-    ends = [_number(end) for end in (lower, upper) if end is not None]
-    if len(ends) == 2:
-        low, high = torch.broadcast_tensors(*ends)
-        crossed = low > high
-        low = torch.where(crossed, high, low)
-        middle = torch.where(crossed, torch.zeros_like(low), torch.ones_like(low))
-        zero = torch.zeros_like(low)
-        return PiecewiseLinear(name, torch.stack([low, high]), torch.stack([zero, middle, zero]), low)
-    if not ends:
-        raise ValueError("clip needs a lower or an upper end.")
-    zero, one = torch.zeros_like(ends[0]), torch.ones_like(ends[0])
-    return PiecewiseLinear(name, ends[0][None], torch.stack([zero, one] if upper is None else [one, zero]), ends[0])
-
-
-def absolute() -> PiecewiseLinear:
-    """|z|: slopes -1 and 1."""
-    return PiecewiseLinear("abs", _numbers(0.0), _numbers(-1.0, 1.0))
-
-
-def hardsigmoid() -> PiecewiseLinear:
-    """min(max(z + 3, 0), 6) / 6: slopes 0 and 1/6, which float64 rounds."""
-    return PiecewiseLinear("hardsigmoid", _numbers(-3.0, 3.0), _numbers(0.0, 1 / 6, 0.0), rounded=True)
-
-
-def softshrink(threshold: float) -> PiecewiseLinear:
-    """z moved towards 0 by `threshold` >= 0, and 0 where it would cross it: slopes 1, 0, 1."""
-    return PiecewiseLinear("softshrink", _numbers(-threshold, threshold), _numbers(1.0, 0.0, 1.0))
-
-
-def _numbers(*values: float, like: Tensor | None = None) -> Tensor:
+def numbers(*values: float, like: Tensor | None = None) -> Tensor:
+    """A float64 vector."""
     return torch.tensor(values, dtype=torch.float64, device="cpu" if like is None else like.device)
 
 
-def _number(value: float | Tensor) -> Tensor:
+def number(value: float | Tensor) -> Tensor:
+    """A float64 tensor."""
     return value.to(torch.float64) if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")

@@ -1,0 +1,133 @@
+"""`Operator`: what every linear map answers, whatever its kind; what few can answer has a default."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lipguard.network.part import Part
+
+if TYPE_CHECKING:
+    from lipguard.network.operators.conv import Conv
+
+Shape = tuple[int, ...]
+"""(channels, *window): the entries of a value in row-major order."""
+
+
+class Operator(Part, ABC):
+    """A linear map from R^in to R^out; called on rows (..., in), it returns rows (..., out).
+
+    A kind of operator is a frozen dataclass, whose fields define it: tensors hold the coefficients, the rest is its structure.
+    """
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Device of the coefficients."""
+
+    @property
+    @abstractmethod
+    def terms(self) -> int:
+        """Products that are added in one entry of the result, at most; 0 where entries are only moved."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply to every row."""
+
+    @abstractmethod
+    def transpose(self) -> Operator:
+        """The adjoint map."""
+
+    @abstractmethod
+    def abs(self) -> Operator:
+        """The map with every coefficient replaced by its absolute value."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The (out, in) matrix, float64."""
+
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The coefficients, for the digest."""
+
+    def scalar(self) -> float | None:
+        """c if the map is known to be c times the identity, else None: coefficients are not looked into."""
+        return None
+
+    def norm(self, p: float) -> float | None:
+        """Upper bound of the norm from p to p, p = 1, 2 or inf, where it has a closed form that the checker takes for proved.
+
+        None where there is none: then a solver proposes the norm.
+        """
+        del p
+        return None
+
+    def attached_norm(self, p: float) -> Tensor | None:
+        """The same as a number in the autograd graph of the coefficients, 0-d."""
+        norm = self.norm(p)
+        return None if norm is None else torch.tensor(norm, dtype=torch.float64, device=self.device)
+
+    @property
+    def multiplications(self) -> int:
+        """Multiplications of one application to a row."""
+        return sum(tensor.numel() for tensor in self.tensors())
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Operator:
+        """The map of the same structure whose coefficients are `change` of these; itself where none is a floating number.
+
+        Every nonzero entry of the matrix is one coefficient, so that an entrywise change with f(0) = 0 is that of the matrix.
+        """
+        assert is_dataclass(self)
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed = {name: change(t) for name, t in parts.items() if isinstance(t, Tensor) and t.is_floating_point()}
+        return replace(self, **changed) if changed else self
+
+    def scaled(self, scale: Tensor) -> Operator | None:
+        """The map followed by a diagonal one, (out,) or 0-d, where that is one operator; else None."""
+        del scale
+        return None
+
+    def after(self, inner: Operator) -> Operator | None:
+        """x -> self(inner(x)) where that is one operator no larger than the two; else None."""
+        del inner
+        return None
+
+    @property
+    def selection(self) -> Tensor | None:
+        """The int64 index (out,) of a map x -> x[index], with a zero where it is -1; None for any other."""
+        return None
+
+    @property
+    def stored(self) -> Tensor | None:
+        """The matrix (out, in) where it is held as it is, in its own precision; None where `dense` has to make it."""
+        return None
+
+    @property
+    def convolution(self) -> Conv | None:
+        """Itself, where it is a convolution: kernels have norms and frequencies of their own."""
+        return None
+
+    @property
+    def weightless(self) -> bool:
+        """Whether all its coefficients are 0 and 1 by its kind."""
+        return False
+
+    @property
+    def in_place(self) -> bool:
+        """Whether entry i of the result depends on entry i of what is read alone."""
+        return False
+
+    def as_convolution(self, before: Shape, after: Shape) -> Conv | None:
+        """The map as a convolution of images of these shapes, exactly; None where it is none."""
+        del before, after
+        return None

@@ -1,0 +1,89 @@
+"""A diagonal map."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lipguard.network.operators.base import Operator, Shape
+from lipguard.network.operators.conv import Conv
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonal(Operator):
+    """x -> scale * x, entry by entry; `scale` is a vector, or a number for a multiple of the identity of that size."""
+
+    scale: Tensor
+    size: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(size, size)."""
+        return self.size, self.size
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the scale."""
+        return self.scale.device
+
+    @property
+    def terms(self) -> int:
+        """One."""
+        return 1
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Scale every row."""
+        return x * self.scale
+
+    def transpose(self) -> Diagonal:
+        """The map itself: it is symmetric."""
+        return self
+
+    def abs(self) -> Diagonal:
+        """The map of the absolute values."""
+        return Diagonal(self.scale.abs(), self.size)
+
+    def dense(self) -> Tensor:
+        """The diagonal matrix."""
+        return torch.diag(self.scale.expand(self.size))
+
+    def scalar(self) -> float | None:
+        """The number, if there is one."""
+        return float(self.scale) if self.scale.ndim == 0 and not self.scale.requires_grad else None
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The scale."""
+        return (self.scale,)
+
+    def norm(self, p: float) -> float:
+        """The largest |scale|, for every p: exact."""
+        del p
+        return float(self.scale.detach().abs().max())
+
+    def attached_norm(self, p: float) -> Tensor:
+        """The largest |scale|."""
+        del p
+        return self.scale.abs().amax()
+
+    def scaled(self, scale: Tensor) -> Diagonal:
+        """The product of the two scales."""
+        return Diagonal(scale * self.scale, self.size)
+
+    def after(self, inner: Operator) -> Operator | None:
+        """What it makes of the other's coefficients; the other itself where it is the identity."""
+        return inner if self.scalar() == 1.0 else inner.scaled(self.scale)
+
+    @property
+    def in_place(self) -> bool:
+        """Yes."""
+        return True
+
+    def as_convolution(self, before: Shape, after: Shape) -> Conv | None:
+        """A kernel of one tap, where there is one factor a channel."""
+        table = self.scale.expand(self.size).reshape(before[0], -1)
+        if before != after or not bool((table == table[:, :1]).all()):
+            return None
+        one = (1,) * (len(before) - 1)
+        return Conv(table[:, :1].reshape(-1, 1, *one), before[1:], before[1:], one, (0,) * len(one), one, before[0])
