@@ -33,6 +33,7 @@ __all__ = [
     "capture",
     "certify",
     "exact",
+    "load",
     "lowers",
     "verify",
 ]
@@ -58,6 +59,7 @@ _HOMES = {
     "capture": "capture",
     "certify": "bounds.robustness",
     "exact": "exact",
+    "load": "certificate",
     "lowers": "capture",
     "verify": "verify",
 }
@@ -76,7 +78,7 @@ if TYPE_CHECKING:
     )
     from lipguard.capture.capture import capture, lowers
     from lipguard.capture.trace import Trace, Value
-    from lipguard.certificate import Ball, Box, Certificate, Enclosure
+    from lipguard.certificate import Ball, Box, Certificate, Enclosure, load
     from lipguard.exact import exact
     from lipguard.network import Network
     from lipguard.query import Query

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor
 
+from lipguard import __version__
 from lipguard.domain import Ball, Box, Domain, domain_from_json
 from lipguard.errors import InvalidDomain, NotCertified
 from lipguard.evidence import (
@@ -32,13 +36,17 @@ from lipguard.evidence import (
     Witness,
     evidence_from_record,
 )
+from lipguard.files import read_document, write_atomically
+from lipguard.outward import show, show_interval, show_lower, show_upper
 from lipguard.plain import COUNT, NUMBER, TEXT, Form, finite, one_of, optional, read_fields, tensor
 from lipguard.query import Norm, Query, norm_pair
+from lipguard.rendering import clipped, line, norm_text, table
 
 __all__ = [
     "Ball", "Box", "Certificate", "ChannelMultipliers", "Domain", "Enclosure", "Evidence", "Factors", "Leaf", "LocalMultipliers",
     "Magnitudes", "Multipliers", "Norm", "PairBound", "Part", "Partition", "Product", "Query", "Radius", "RadiusCertificate",
-    "Rigor", "Side", "Slopes", "SolverReport", "Status", "WeightedMultipliers", "Witness", "domain_from_json", "norm_pair",
+    "Rigor", "Side", "Slopes", "SolverReport", "Status", "WeightedMultipliers", "Witness", "domain_from_json", "load",
+    "norm_pair",
 ]  # fmt: skip
 
 Rigor = Literal["approximate", "verified"]
@@ -74,11 +82,38 @@ _NORM = Form(lambda norm: [str(float(p)) for p in norm], _read_norm)
 _DOMAIN = Form(lambda domain: None if domain is None else finite(domain.json()), _read_domain)
 _DETAILS = Form(finite, _read_details)
 
+_DOCUMENT, _FORMAT = "lipguard result", 1
+
+
+def _subject(certificate: Certificate) -> str:
+    p, q = certificate.norm
+    where = "on all inputs" if certificate.domain is None else f"on {certificate.domain!r}"
+    return f"the Lipschitz constant of network {certificate.digest[:12]}, from norm {p:g} to norm {q:g}, {where}"
+
+
+def _about(certificate: Certificate) -> list[str]:
+    """Norm and domain, for a repr."""
+    domain = "all inputs" if certificate.domain is None else clipped(repr(certificate.domain), 60)
+    return [f"norm {norm_text(certificate.norm)}", domain]
+
 
 class _Plain:
     """A result that states the form of its fields."""
 
     forms: ClassVar[Mapping[str, Form]]
+
+    def statement(self) -> str:
+        """What is claimed, in words."""
+        raise NotImplementedError
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the result, its evidence, its statement in words and the package's version as one JSON document.
+
+        At any moment `path` holds the whole document or what it held before. `lipguard.load` reads it.
+        """
+        head = {"document": _DOCUMENT, "format": _FORMAT, "lipguard": __version__, "kind": type(self).__name__.lower()}
+        document = head | {"statement": self.statement(), "result": self.to_dict()}
+        write_atomically(Path(path), json.dumps(document, indent=1, ensure_ascii=True, allow_nan=False) + "\n")
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as a JSON value, the evidence with all of its numbers."""
@@ -98,7 +133,7 @@ class _Plain:
         return cls(**read_fields(value, cls.forms, needed, f"the record of the {cls.__name__.lower()}"))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Certificate(_Plain):
     """One bound of one network's Lipschitz constant, with what proves it.
 
@@ -142,6 +177,30 @@ class Certificate(_Plain):
     def __float__(self) -> float:
         return self.value
 
+    def statement(self) -> str:
+        """What is claimed, in words."""
+        kind = "proved" if self.rigor == "verified" else "an estimate, not proved"
+        most = "at least" if self.side == "lower" else "at most"
+        return f"{_subject(self)[:1].upper()}{_subject(self)[1:]}, is {most} {show(self.value, self.side, 17)} ({kind})."
+
+    def __repr__(self) -> str:
+        value = f"{self.side} {show(self.value, self.side)}"
+        return line("Certificate", [value, self.rigor, *_about(self), clipped(self.method, 32), clipped(repr(self.evidence), 48)])
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        rows = [
+            (f"{self.side} bound", f"{show(self.value, self.side)}, {self.rigor}"),
+            ("norm", norm_text(self.norm)),
+            ("domain", "all inputs" if self.domain is None else repr(self.domain)),
+            ("method", self.method),
+            ("evidence", repr(self.evidence)),
+            ("network", self.digest[:12]),
+            ("seconds", show_upper(self.seconds, 3)),
+            *([("note", self.note)] if self.note else []),
+        ]
+        return table("Lipschitz certificate", rows)
+
 
 _CERTIFICATE = Form(Certificate.to_dict, Certificate.from_dict)
 
@@ -153,7 +212,7 @@ def _read_ball(value: Any) -> Ball:
     return ball
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class RadiusCertificate(_Plain):
     """Every input of a 2-ball (and of its box) has the class `label`: that output exceeds all others there.
 
@@ -179,8 +238,17 @@ class RadiusCertificate(_Plain):
         """The ball's radius."""
         return float(self.ball.radius)
 
+    def statement(self) -> str:
+        """What is claimed, in words."""
+        kind = "proved" if self.rigor == "verified" else "an estimate, not proved"
+        return f"Every input in {self.ball!r} has class {self.label} of network {self.digest[:12]} ({kind})."
 
-@dataclass(frozen=True, eq=False)
+    def __repr__(self) -> str:
+        parts = [f"class {self.label}", f"radius {show_lower(self.radius)}", self.rigor, clipped(repr(self.ball), 60)]
+        return line("RadiusCertificate", [*parts, clipped(repr(self.evidence), 48)])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Enclosure(_Plain):
     """lower <= constant <= upper, as narrow as the time allowed.
 
@@ -236,3 +304,74 @@ class Enclosure(_Plain):
         """Whether both bounds are "verified"."""
         both = {self.lower_certificate.rigor, self.upper_certificate.rigor}
         return "verified" if both == {"verified"} else "approximate"
+
+    def statement(self) -> str:
+        """What is claimed, in words."""
+        kind = "proved" if self.rigor == "verified" else "not both ends are proved"
+        subject = _subject(self.upper_certificate)
+        return f"{subject[:1].upper()}{subject[1:]}, lies in {show_interval(self.lower, self.upper, 17)} ({kind})."
+
+    def __repr__(self) -> str:
+        ends = f"{show_interval(self.lower, self.upper)}, gap {show_upper(self.gap, 3)}"
+        evidence = clipped(repr(self.upper_certificate.evidence), 48)
+        return line(
+            "Enclosure", [ends, self.status, self.rigor, *_about(self.upper_certificate), clipped(self.method, 32), evidence]
+        )
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        above, below = self.upper_certificate, self.lower_certificate
+        rows = [
+            ("lower bound", f"{show(below.value, 'lower')}, {below.rigor}, {below.method}, {below.evidence!r}"),
+            ("upper bound", f"{show(above.value, 'upper')}, {above.rigor}, {above.method}, {above.evidence!r}"),
+            ("gap", show_upper(self.gap, 3)),
+            ("status", self.status),
+            ("norm", norm_text(above.norm)),
+            ("domain", "all inputs" if above.domain is None else repr(above.domain)),
+            ("method", f"{self.method}{f' by {self.solver}' if self.solver else ''}"),
+            ("network", above.digest[:12]),
+            ("seconds", show_upper(self.seconds, 3)),
+            *([("choice", self.choice)] if self.choice else []),
+        ]
+        return table("Enclosure of a Lipschitz constant", rows)
+
+
+_KINDS: Mapping[str, type[Certificate | Enclosure | RadiusCertificate]] = {
+    "certificate": Certificate,
+    "enclosure": Enclosure,
+    "radiuscertificate": RadiusCertificate,
+}
+
+
+def load(path: str | os.PathLike[str]) -> Certificate | Enclosure | RadiusCertificate:
+    """Read a result that `save` wrote.
+
+    A file proves nothing: the rigor is "approximate" until `lipguard.verify(network, result)` has proved the bound anew, and
+    the note says what the file states.
+
+    Raises:
+        UnreadableCheckpoint: there is no such file.
+        NotCertified: it is damaged, of another format, or no saved result.
+    """
+    file = Path(path)
+    document = read_document(file)
+    if "certificates" in document:
+        raise NotCertified(f"{file} is an audit record: check it with lipguard.audit.verify_record, or `lipguard verify {file}`.")
+    if document.get("document") != _DOCUMENT or document.get("format") != _FORMAT:
+        raise NotCertified(f"{file} is no result of format {_FORMAT} that lipguard saved.")
+    head = {"document": TEXT, "format": NUMBER, "lipguard": TEXT, "kind": one_of(*_KINDS), "statement": TEXT}
+    found = read_fields(document, head | {"result": Form(dict, lambda value: value)}, {*head, "result"}, f"{file}")
+    result = _KINDS[found["kind"]].from_dict(found["result"])
+    if isinstance(result, RadiusCertificate):
+        return replace(result, rigor="approximate")
+    if isinstance(result, Certificate):
+        return _unproved(result, file)
+    ends = (_unproved(one, file) for one in (result.lower_certificate, result.upper_certificate))
+    return replace(result, **dict(zip(("lower_certificate", "upper_certificate"), ends, strict=True)))
+
+
+def _unproved(certificate: Certificate, file: Path) -> Certificate:
+    if certificate.rigor != "verified":
+        return certificate
+    note = f"read from {file.name}, which calls it verified: lipguard.verify(network, result) proves it anew"
+    return replace(certificate, rigor="approximate", note="; ".join(filter(None, [certificate.note, note])))

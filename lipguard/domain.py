@@ -34,7 +34,7 @@ def _vector(value: float | Sequence[float] | Tensor, size: int, what: str) -> Te
     return tensor.expand(size).clone() if tensor.numel() == 1 else tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Box:
     """Inputs with lower <= x <= upper, entry by entry; numbers are spread over all inputs.
 
@@ -88,12 +88,15 @@ class Box:
         lower, upper = self.bounds(size)
         return lower + (upper - lower) * torch.rand(count, size, generator=generator, dtype=torch.float64, device="cpu")
 
+    def __repr__(self) -> str:
+        return f"Box({_short(self.lower)}, {_short(self.upper)})"
+
     def json(self) -> dict[str, object]:
         """A JSON value from which `domain_from_json` restores the box."""
         return {"kind": "box", "lower": _plain(self.lower), "upper": _plain(self.upper)}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Ball:
     """Inputs with ||x - center||_norm <= radius, of which only those in `box` count, where one is given.
 
@@ -182,6 +185,10 @@ class Ball:
             step = step * torch.rand(count, 1, generator=generator, dtype=torch.float64, device="cpu") ** (1.0 / size)
         return self.project(center + self.radius * step)
 
+    def __repr__(self) -> str:
+        box = "" if self.box is None else f", box={self.box!r}"
+        return f"Ball({_short(self.center)}, radius={float(self.radius)!r}, norm={float(self.norm):g}{box})"
+
     def json(self) -> dict[str, object]:
         """A JSON value from which `domain_from_json` restores the ball."""
         plain: dict[str, object] = {"kind": "ball", "center": _plain(self.center), "radius": float(self.radius)}
@@ -197,6 +204,15 @@ def _rows(value: float | Sequence[float] | Tensor, size: int) -> list[Tensor] | 
     if tensor.ndim < 2 or len(tensor) < 2 or tensor.numel() != len(tensor) * size:
         return None
     return list(tensor.reshape(len(tensor), size))
+
+
+def _short(value: float | Sequence[float] | Tensor) -> str:
+    """A number to its last bit, or how many there are."""
+    try:
+        tensor = _on_cpu(value)
+    except (TypeError, ValueError, RuntimeError):  # what is no number is refused where the domain is used, not where it is shown
+        return f"<{type(value).__name__}>"
+    return repr(tensor.item()) if tensor.numel() == 1 else f"<{tensor.numel()} numbers>"
 
 
 def _plain(value: float | Sequence[float] | Tensor) -> object:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lipguard.domain import NORMS, Ball, Box, Domain
 from lipguard.errors import InvalidDomain, UnsupportedQuery
+from lipguard.rendering import clipped, line, norm_text
 
 __all__ = ["Inputs", "Norm", "Outputs", "Query", "norm_pair"]
 
@@ -45,7 +46,7 @@ def norm_pair(norm: Norm | Sequence[float | str]) -> tuple[float, float]:
     return values[0], values[1]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Query:
     """The constant that is asked for: sup over the domain of the Jacobian's norm from `norm[0]` to `norm[1]`.
 
@@ -78,6 +79,20 @@ class Query:
         if self.submodule is not None and not isinstance(self.submodule, str):
             raise UnsupportedQuery(f"submodule={self.submodule!r}: give the dotted name of a part, such as 'encoder.0'.")
 
+    def __repr__(self) -> str:
+        stated = [(name, getattr(self, name)) for name in ("domain", "outputs", "inputs", "submodule", "example")]
+        given = [f"{name}={_short(value)}" for name, value in stated if value is not None]
+        return line("Query", [f"norm={norm_text(self.norm)}", *given])
+
     def of_network(self) -> Query:
         """What is left to ask once the network has been read: norm and domain."""
         return replace(self, outputs=None, inputs=None, submodule=None, example=None)
+
+
+def _short(value: object) -> str:
+    """One part of a query, without the numbers of a tensor."""
+    if isinstance(value, Tensor):
+        return f"<tensor {tuple(value.shape)}>"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_short, value[:4]))}{', ...' if len(value) > 4 else ''})"
+    return clipped(repr(value), 60) if isinstance(value, Box | Ball | int | float | str) else f"<{type(value).__name__}>"

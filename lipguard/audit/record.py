@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from lipguard.errors import NotCertified, UnreadableCheckpoint
+from lipguard.files import write_atomically
 
 __all__ = ["FORMAT", "STATUS_CODES", "AuditRecord", "read_record", "record_path", "write_atomically", "write_record"]
 
@@ -133,20 +133,6 @@ def read_record(path: str | os.PathLike[str]) -> AuditRecord:
     if set(document) != names:
         raise NotCertified(f"{file} has not the fields of a record: {', '.join(sorted(set(document) ^ names))}.")
     return AuditRecord(**document)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Put `text` at `path` by way of a file beside it that is flushed to the disk first."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("x", encoding="ascii") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _digest(document: Mapping[str, Any]) -> str:

@@ -25,10 +25,10 @@ from lipguard.audit.weights import fingerprint
 from lipguard.callbacks.base import Callback
 from lipguard.callbacks.checkpoint_saves import bypassed, watch
 from lipguard.callbacks.example import first_sample, module_example
-from lipguard.callbacks.outward import outward
 from lipguard.callbacks.progress import waiting
 from lipguard.certificate import Ball, Box
 from lipguard.errors import InvalidExample, LimitExceeded, LipguardError, UnsupportedQuery
+from lipguard.outward import narrowed
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -331,7 +331,7 @@ class CheckpointAuditor(Callback):
         values: dict[str, float] = {"status": float(record.code)}
         if record.enclosure is not None:
             values |= {name: record.enclosure[name] for name in ("upper", "lower", "gap", "claimed_upper")}
-        metrics = {f"{self.prefix}/{k}": float(outward(v, k)) for k, v in values.items() if v is not None}
+        metrics = {f"{self.prefix}/{k}": float(narrowed(v, k)) for k, v in values.items() if v is not None}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=record.step)
 

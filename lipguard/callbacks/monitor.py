@@ -17,9 +17,9 @@ from torch import Tensor
 from lipguard.bounds.tracker import Measurement, Tracker
 from lipguard.callbacks.base import Callback
 from lipguard.callbacks.example import first_sample, module_example
-from lipguard.callbacks.outward import outward
 from lipguard.certificate import Ball, Box
 from lipguard.errors import Contradiction, InvalidExample, LipguardError, UnsupportedQuery
+from lipguard.outward import narrowed
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -237,7 +237,7 @@ class LipschitzMonitor(Callback):
         for listener in list(self.listeners.values()) if "upper" in values else ():
             listener(trainer, values["upper"])
         values |= {"seconds": seconds, "failed": float(self.failed)}
-        return {f"{self.prefix}/{name}": outward(value, name) for name, value in values.items()}
+        return {f"{self.prefix}/{name}": narrowed(value, name) for name, value in values.items()}
 
     def _values(self, trainer: Trainer, pl_module: LightningModule, share: float) -> dict[str, float]:
         strategy = type(trainer.strategy).__name__

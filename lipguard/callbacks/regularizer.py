@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from lipguard.callbacks.base import Callback
 from lipguard.callbacks.checkpoint_saves import bypassed
 from lipguard.callbacks.example import described, first_sample, inputs_and_labels, module_example
-from lipguard.callbacks.outward import outward
 from lipguard.errors import InvalidExample, LipguardError, UnsupportedQuery
+from lipguard.outward import narrowed
 from lipguard.penalties import NAMES, Penalty, build
 from lipguard.penalties.clip import evaluating
 from lipguard.penalties.control import Controller, Discrepancy, Fixed, Target
@@ -240,7 +240,7 @@ class LipschitzRegularizer(Callback):
         if self.target is not None:
             self._values["estimate"] = math.exp(min(log_bound, 700.0))
             if self._gauge is not None and math.isfinite(self._gauge.proved):
-                self._values["proved"] = float(outward(self._gauge.proved, "upper"))
+                self._values["proved"] = float(narrowed(self._gauge.proved, "upper"))
         self.steps += 1
         if isinstance(self.controller, Target) and self.controller.saturated >= _STUCK:
             self._warn_stuck(self._values["estimate"])

@@ -15,15 +15,20 @@ from torch import Tensor
 from lipguard.network.nodes import Affine, Input, Node
 from lipguard.network.operators import Dense
 from lipguard.network.walk import Walk, fold, pull
+from lipguard.rendering import line
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Network:
     """Nodes in topological order; node 0 is the `Input`, the last node is the output."""
 
     nodes: tuple[Node, ...]
+
+    def __repr__(self) -> str:
+        counts = {"inputs": self.inputs, "outputs": self.outputs, "nodes": len(self.nodes), "neurons": self.neurons}
+        return line("Network", [f"{count} {name}" for name, count in counts.items()])
 
     @property
     def inputs(self) -> int:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import overload
 
 from lipguard.certificate import (
     Certificate,
     ChannelMultipliers,
+    Domain,
+    Enclosure,
     Factors,
     LocalMultipliers,
     Magnitudes,
@@ -24,7 +27,7 @@ from lipguard.certificate import (
     WeightedMultipliers,
     Witness,
 )
-from lipguard.errors import NotCertified
+from lipguard.errors import Contradiction, NotCertified
 from lipguard.network import Network
 from lipguard.verify.domain.local import check_local_multipliers, check_slopes
 from lipguard.verify.domain.radii import verify_radii, verify_radius
@@ -40,15 +43,30 @@ from lipguard.verify.torus.channel import check_channels
 __all__ = ["verify", "verify_local", "verify_radii", "verify_radius"]
 
 
-def verify(network: Network, certificate: Certificate) -> Certificate:
+@overload
+def verify(network: Network, certificate: Certificate) -> Certificate: ...
+@overload
+def verify(network: Network, certificate: Enclosure) -> Enclosure: ...
+def verify(network: Network, certificate: Certificate | Enclosure) -> Certificate | Enclosure:
     """Prove the bound that the certificate's evidence supports for this network.
 
     The value is computed anew from the evidence, rounded outward; the certificate's own value is not trusted. It may
-    come out weaker than what was proposed (an SDP value that was not quite feasible), never unproved.
+    come out weaker than what was proposed (an SDP value that was not quite feasible), never unproved. Of an enclosure both
+    ends are proved.
 
     Raises:
         NotCertified: the digest is another network's, or the evidence proves nothing.
+        Contradiction: the lower end of an enclosure exceeds its upper end.
     """
+    if isinstance(certificate, Enclosure):
+        lower, upper = (verify(network, end) for end in (certificate.lower_certificate, certificate.upper_certificate))
+        if lower.side != "lower" or upper.side != "upper" or lower.norm != upper.norm or not _same(lower.domain, upper.domain):
+            raise NotCertified("the ends of the enclosure are no lower and upper bound of one constant.")
+        if lower.value > upper.value:
+            raise Contradiction(
+                f"verified lower bound {lower.value!r} > verified upper bound {upper.value!r}. Please report this."
+            )
+        return dataclasses.replace(certificate, lower_certificate=lower, upper_certificate=upper)
     evidence = certificate.evidence
     if isinstance(evidence, LocalMultipliers | Slopes):
         verified = verify_local(network, [certificate])[0]
@@ -81,6 +99,11 @@ def verify(network: Network, certificate: Certificate) -> Certificate:
     if math.isnan(value) or math.isinf(value):
         raise NotCertified(f"{type(evidence).__name__} proves no finite bound.")
     return dataclasses.replace(certificate, value=value, rigor="verified")
+
+
+def _same(lower: Domain | None, upper: Domain | None) -> bool:
+    """Whether an upper bound on the one domain holds on the other: on the same, or where it holds on all of R^d."""
+    return upper is None or (lower is not None and lower.json() == upper.json())
 
 
 def verify_local(network: Network, certificates: Sequence[Certificate]) -> list[Certificate | None]:

@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lipguard import Box, LipschitzMonitor
 from lipguard.callbacks.example import first_sample
-from lipguard.callbacks.outward import outward
 from lipguard.errors import InvalidExample, InvalidModel, LipguardError, UnsupportedLayer, UnsupportedQuery
+from lipguard.outward import narrowed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -139,7 +139,7 @@ def test_the_value_is_that_of_the_trained_weights(tmp_path):
 
 @given(st.floats(min_value=0, allow_infinity=False, allow_subnormal=True))
 def test_rounding_is_outward_and_fits_float32(value):
-    upper, lower = outward(value, "upper"), outward(value, "lower")
+    upper, lower = narrowed(value, "upper"), narrowed(value, "lower")
     assert lower.dtype == upper.dtype == torch.float64
     assert float(lower) <= value <= float(upper) < math.inf
     if value <= float(np.finfo(np.float32).max):

@@ -1,8 +1,11 @@
 """Certificates and enclosures as plain values, in files, and as people read them."""
 
+import copy
 import dataclasses
 import json
 import math
+import pickle
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch import nn
 
 import lipguard as lg
 from lipguard.certificate import Certificate, Enclosure, Leaf, Multipliers, Partition, SolverReport, Witness
-from lipguard.errors import NotCertified
+from lipguard.errors import NotCertified, UnreadableCheckpoint
 
 DOUBLE = torch.float64
 
@@ -104,3 +107,138 @@ def test_a_certificate_from_plain_values_is_proved_again():
         found = lg.bound(network, domain=domain)
         back = Certificate.from_dict(json.loads(json.dumps(found.to_dict())))
         assert lg.verify(network, back).value == found.value
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return lg.capture(nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)), torch.zeros(1, 3))
+
+
+@pytest.fixture(scope="module")
+def found(network):
+    box = lg.Box(-1.0, 1.0)
+    return {
+        "upper": lg.bound(network, domain=box),
+        "lower": lg.bound(network, domain=box, method="sampling"),
+        "exact": lg.exact(network, domain=box, method="branch-and-bound", time_limit=20),
+    }
+
+
+@pytest.mark.parametrize("name", ["upper", "lower", "exact"])
+def test_a_saved_result_is_approximate_until_it_is_proved_again(tmp_path, network, found, name):
+    path = tmp_path / "result.json"
+    found[name].save(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+    document = json.loads(path.read_text())
+    assert document["lipguard"] == lg.__version__
+    assert "proved" in document["statement"] and "Box(-1.0, 1.0)" in document["statement"]
+    loaded = lg.load(path)
+    assert type(loaded) is type(found[name])
+    assert loaded.rigor == "approximate"
+    ends = [loaded] if isinstance(loaded, Certificate) else [loaded.lower_certificate, loaded.upper_certificate]
+    assert all("read from result.json" in end.note and "lipguard.verify" in end.note for end in ends)
+    proved = lg.verify(network, loaded)
+    assert proved.rigor == "verified"
+    if name == "exact":
+        assert (proved.lower, proved.upper) == (found[name].lower, found[name].upper)
+    else:
+        assert proved.value == found[name].value
+
+
+def test_what_a_file_states_counts_for_nothing(tmp_path, network, found):
+    path = tmp_path / "result.json"
+    found["upper"].save(path)
+    document = json.loads(path.read_text())
+    document["result"]["value"] /= 2
+    path.write_text(json.dumps(document))
+    assert lg.verify(network, lg.load(path)).value == found["upper"].value
+    other = lg.capture(nn.Linear(3, 2), torch.zeros(1, 3))
+    with pytest.raises(NotCertified, match="is of network"):
+        lg.verify(other, lg.load(path))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text[:-20],
+        lambda text: "",
+        lambda text: "[]",
+        lambda text: "NaN",
+        lambda text: text.replace('"format": 1', '"format": 2'),
+        lambda text: text.replace('"format": 1', '"format": 1, "format": 1'),
+        lambda text: text.replace('"format": 1', '"format": 1, "more": 1'),
+        lambda text: text.replace('"kind": "certificate"', '"kind": "enclosure"'),
+        lambda text: text.replace('"kind": "certificate"', '"kind": "__class__"'),
+        lambda text: text.replace('"lipguard result"', '"something"'),
+        lambda text: text.replace('"side"', '"sid\u00e9"'),
+        lambda text: text.replace('"seconds": ', '"seconds": NaN, "x": '),
+        lambda text: '{"certificates": []}',
+        lambda text: "[" * 100_000,
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path, change):
+    path = tmp_path / "result.json"
+    certificate().save(path)
+    path.write_text(change(path.read_text()), encoding="utf-8")
+    with pytest.raises(NotCertified):
+        lg.load(path)
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    for path in (tmp_path / "none.json", tmp_path):
+        with pytest.raises(UnreadableCheckpoint, match="regular file"):
+            lg.load(path)
+
+
+def test_the_ends_of_an_enclosure_are_of_one_constant(network, found):
+    whole = found["exact"]
+    with pytest.raises(NotCertified, match="no lower and upper bound"):
+        lg.verify(network, dataclasses.replace(whole, lower_certificate=whole.upper_certificate))
+    for other in (lg.bound(network, domain=lg.Box(-1.0, 1.0), norm=math.inf), lg.bound(network, domain=lg.Box(-0.1, 0.1))):
+        with pytest.raises(NotCertified, match="no lower and upper bound"):
+            lg.verify(network, dataclasses.replace(whole, upper_certificate=other))
+    everywhere = lg.bound(network)
+    assert lg.verify(network, dataclasses.replace(whole, upper_certificate=everywhere)).upper == everywhere.value
+
+
+def test_a_repr_is_one_short_line_with_outward_values(found):
+    huge = lg.Ball(torch.zeros(784), 1.7976931348623157e308, math.inf, lg.Box(-1.7976931348623157e308, 1.7976931348623157e308))
+    shapes = [
+        *found.values(),
+        certificate(domain=huge, method="m" * 300, evidence=SolverReport("s" * 300, "x"), note="n" * 1000),
+        enclosure(method="m\n" * 300),
+        lg.Query(norm=(1, "inf"), domain=huge, outputs=torch.zeros(50, 50), submodule="a.b", example=torch.zeros(9, 9)),
+        lg.Query(outputs=(0, (1, 2)), example={"x": torch.zeros(3)}),
+        huge,
+    ]
+    for result in shapes:
+        text = repr(result)
+        assert len(text) <= 200, text
+        assert "\n" not in text
+        assert "tensor(" not in text
+    bound = certificate(value=2 / 3)
+    assert repr(bound).startswith("Certificate(upper 0.666667, verified, norm 2 -> inf, Ball(<2 numbers>")
+    assert repr(dataclasses.replace(bound, side="lower")).startswith("Certificate(lower 0.666666, ")
+    assert "Multipliers(3 numbers)" in repr(bound)
+    assert repr(enclosure()).startswith("Enclosure([1, 2.5], gap 0.6, time limit, verified, ")
+
+
+def test_the_table_of_a_notebook_is_escaped():
+    wild = "<script>alert('1')</script>&\""
+    for result in (
+        certificate(note=wild, method=wild),
+        enclosure(method=wild, choice=wild, solver=wild, upper_certificate=certificate(evidence=SolverReport(wild, wild))),
+    ):
+        text = result._repr_html_()
+        assert text.startswith("<table") and text.endswith("</table>")
+        assert "<script>" not in text
+        assert "&lt;script&gt;" in text
+        assert len(text) < 5000
+        ElementTree.fromstring(text)
+
+
+def test_results_survive_pickle_and_copy(found):
+    for result in found.values():
+        for back in (pickle.loads(pickle.dumps(result)), copy.deepcopy(result)):
+            assert json.dumps(back.to_dict()) == json.dumps(result.to_dict())
