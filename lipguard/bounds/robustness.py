@@ -21,7 +21,9 @@ from lipguard.capture.capture import capture
 from lipguard.certificate import Ball, Box, PairBound, Radius, RadiusCertificate
 from lipguard.errors import InvalidDomain, InvalidExample, UnknownName, UnsupportedQuery
 from lipguard.network import Implicit, Network
+from lipguard.outward import show_lower, show_upper
 from lipguard.programs.rewriting import slope_restricted
+from lipguard.rendering import line, table
 from lipguard.solvers.threads import one_thread
 from lipguard.verify.domain.localized import chunk_size
 from lipguard.verify.domain.radii import Balls, Samples
@@ -77,7 +79,7 @@ class Proofs:
         return RadiusCertificate(Ball(self.x[i], radius, 2.0, self.box), y, self.digest, evidence, "verified")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Robustness:
     """What is proved of each sample of a batch, shape (B,) each.
 
@@ -125,6 +127,25 @@ class Robustness:
     def certified_accuracy(self) -> float:
         """Share of samples that are correct on their whole eps-ball: a lower bound of the accuracy under any attack there."""
         return float(self.certified.double().mean())
+
+    def __repr__(self) -> str:
+        samples = [f"{len(self.correct)} samples", f"{int(self.correct.sum())} correct", f"{int(self.certified.sum())} certified"]
+        late = len(self.complete) - int(self.complete.sum())
+        radii = f"median radius {show_lower(float(self.radius.median()))}" if len(self.radius) else ""
+        return line("Robustness", [*samples, f"eps {self.eps:g}", radii, self.method, f"{late} unfinished" if late else ""])
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        rows = [
+            ("samples", str(len(self.correct))),
+            ("correct", f"{int(self.correct.sum())} ({self.accuracy:.1%})"),
+            (f"certified at eps {self.eps:g}", f"{int(self.certified.sum())} ({show_lower(100 * self.certified_accuracy, 3)}%)"),
+            ("median radius", show_lower(float(self.radius.median())) if len(self.radius) else "none"),
+            ("unfinished", str(len(self.complete) - int(self.complete.sum()))),
+            ("method", self.method),
+            ("seconds", show_upper(self.seconds, 3)),
+        ]
+        return table("Certified robustness", rows)
 
 
 def certify(

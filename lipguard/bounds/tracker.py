@@ -26,8 +26,10 @@ from lipguard.capture import network_of
 from lipguard.certificate import Certificate, Domain, Factors, Query
 from lipguard.errors import Contradiction, LipguardError
 from lipguard.network import Affine, Network
+from lipguard.outward import show_interval, show_lower, show_upper
 from lipguard.programs.rewriting import slope_restricted
 from lipguard.query import Inputs, Norm, Outputs
+from lipguard.rendering import clipped, line, norm_text, table
 from lipguard.solvers.threads import one_thread
 from lipguard.verify.norms.factors import prove_norm
 
@@ -35,7 +37,7 @@ _TOL = 1e-4
 """Relative gap of the squared bound at which a full solve within a training ends."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Measurement:
     """One measurement: verified bounds on both sides, and what they cost."""
 
@@ -49,6 +51,24 @@ class Measurement:
     def gap(self) -> float:
         """upper / lower - 1; inf where the lower bound is 0."""
         return self.upper.value / self.lower.value - 1 if self.lower.value > 0 else math.inf
+
+    def __repr__(self) -> str:
+        ends = show_interval(self.lower.value, self.upper.value)
+        parts = [ends, f"gap {show_upper(self.gap, 3)}", self.upper.rigor, f"norm {norm_text(self.upper.norm)}"]
+        return line("Measurement", [*parts, clipped(self.upper.method, 32), repr(self.upper.evidence)])
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        rows = [
+            ("lower bound", f"{show_lower(self.lower.value)}, {self.lower.rigor}, {self.lower.method}"),
+            ("upper bound", f"{show_upper(self.upper.value)}, {self.upper.rigor}, {self.upper.method}"),
+            ("gap", show_upper(self.gap, 3)),
+            ("norm", norm_text(self.upper.norm)),
+            ("domain", "all inputs" if self.upper.domain is None else repr(self.upper.domain)),
+            ("seconds", show_upper(self.seconds, 3)),
+            *([("note", self.note)] if self.note else []),
+        ]
+        return table("Lipschitz bounds of this moment", rows)
 
     @cached_property
     def spectral(self) -> Certificate:

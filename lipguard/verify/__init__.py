@@ -22,6 +22,7 @@ from lipguard.certificate import (
     Multipliers,
     Partition,
     Product,
+    RadiusCertificate,
     Slopes,
     SolverReport,
     WeightedMultipliers,
@@ -47,7 +48,11 @@ __all__ = ["verify", "verify_local", "verify_radii", "verify_radius"]
 def verify(network: Network, certificate: Certificate) -> Certificate: ...
 @overload
 def verify(network: Network, certificate: Enclosure) -> Enclosure: ...
-def verify(network: Network, certificate: Certificate | Enclosure) -> Certificate | Enclosure:
+@overload
+def verify(network: Network, certificate: RadiusCertificate) -> RadiusCertificate: ...
+def verify(
+    network: Network, certificate: Certificate | Enclosure | RadiusCertificate
+) -> Certificate | Enclosure | RadiusCertificate:
     """Prove the bound that the certificate's evidence supports for this network.
 
     The value is computed anew from the evidence, rounded outward; the certificate's own value is not trusted. It may
@@ -58,6 +63,8 @@ def verify(network: Network, certificate: Certificate | Enclosure) -> Certificat
         NotCertified: the digest is another network's, or the evidence proves nothing.
         Contradiction: the lower end of an enclosure exceeds its upper end.
     """
+    if isinstance(certificate, RadiusCertificate):
+        return verify_radius(network, certificate)
     if isinstance(certificate, Enclosure):
         lower, upper = (verify(network, end) for end in (certificate.lower_certificate, certificate.upper_certificate))
         if lower.side != "lower" or upper.side != "upper" or lower.norm != upper.norm or not _same(lower.domain, upper.domain):

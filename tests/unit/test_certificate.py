@@ -14,6 +14,7 @@ from torch import nn
 import lipguard as lg
 from lipguard.certificate import Certificate, Enclosure, Leaf, Multipliers, Partition, SolverReport, Witness
 from lipguard.errors import NotCertified, UnreadableCheckpoint
+from lipguard.outward import show_lower
 
 DOUBLE = torch.float64
 
@@ -242,3 +243,33 @@ def test_results_survive_pickle_and_copy(found):
     for result in found.values():
         for back in (pickle.loads(pickle.dumps(result)), copy.deepcopy(result)):
             assert json.dumps(back.to_dict()) == json.dumps(result.to_dict())
+
+
+def test_a_saved_radius_is_approximate_until_it_is_proved_again(tmp_path, network):
+    x = torch.tensor([[0.5, -0.5, 0.25]])
+    label = network(x).argmax(1)
+    proved = [one for one in lg.certify(network, x, label, 1e-3).certificates if one is not None]
+    assert len(proved) == 1
+    proved[0].save(tmp_path / "radius.json")
+    loaded = lg.load(tmp_path / "radius.json")
+    assert loaded.rigor == "approximate"
+    again = lg.verify(network, loaded)
+    assert again.rigor == "verified"
+    assert again.radius == proved[0].radius
+    assert len(repr(again)) <= 200
+    assert f"has class {int(label)}" in again.statement()
+
+
+def test_measurements_robustness_and_networks_are_one_line(network):
+    tracker = lg.Tracker(network, None)
+    tracker.update()
+    x = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
+    robustness = lg.certify(network, x, network(x).argmax(1), 1e-3)
+    for result in (tracker.last, robustness, network):
+        assert len(repr(result)) <= 200
+        assert "\n" not in repr(result) and "tensor(" not in repr(result)
+    assert repr(network) == "Network(3 inputs, 2 outputs, 4 nodes, 6 neurons)"
+    assert repr(robustness).startswith("Robustness(9 samples, 9 correct, 9 certified, eps 0.001, median radius ")
+    assert repr(tracker.last).startswith(f"Measurement([{show_lower(tracker.last.lower.value)}, ")
+    for result in (tracker.last, robustness):
+        ElementTree.fromstring(result._repr_html_())
