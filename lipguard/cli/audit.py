@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import glob
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lipguard.cli.text import Cell, Screen, progress
 from lipguard.errors import InvalidModel, LipguardError, NotCertified, UnreadableCheckpoint, UnsupportedQuery
+from lipguard.outward import show
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
-    from rich.progress import Progress
 
     from lipguard.audit.pool import Finished, Pool
     from lipguard.audit.record import AuditRecord
@@ -78,16 +78,16 @@ def audit(
     rows: dict[Path, dict[str, object]] = {}
     pool = Pool(options.jobs)
     paths = _expanded(options.checkpoints, _CHECKPOINTS, (_PENDING,))
-    with _progress("Auditing", len(paths)) as progress:
+    with progress("Auditing", len(paths)) as done:
         try:
             for path in paths:
                 rows[path] = _started(path, pool, options, changes, shape)
-                progress.update(progress.task_ids[0], completed=sum(row["state"] != "pending" for row in rows.values()))
+                done(sum(row["state"] != "pending" for row in rows.values()))
             while pool.open:
                 pool.wait(0.5)
                 for finished in pool.collect():
                     rows[finished.checkpoint] = _ended(finished)
-                    progress.advance(progress.task_ids[0])
+                    done(sum(row["state"] != "pending" for row in rows.values()))
         except KeyboardInterrupt:
             pass  # what is left stays pending, and the summary says so
         finally:
@@ -106,12 +106,12 @@ def verify(options: Namespace) -> Answer:
         raise UnsupportedQuery(f"--checkpoint belongs to one record, {len(paths)} are given.")
     rows: list[dict[str, object]] = []
     codes: list[int] = []
-    with _progress("Verifying", len(paths)) as progress:
+    with progress("Verifying", len(paths)) as done:
         for path in paths:
             code, row = _verified(path, options)
             codes.append(code)
             rows.append(row)
-            progress.advance(progress.task_ids[0])
+            done(len(rows))
     if not options.json:
         _show(rows)
     return max(codes), {"records": rows, "exit_code": max(codes)}
@@ -243,29 +243,20 @@ def _expanded(patterns: Sequence[str], endings: tuple[str, ...], markers: tuple[
     return [Path(os.path.abspath(path)) for path in found]
 
 
-@contextmanager
-def _progress(title: str, total: int) -> Iterator[Progress]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        progress.add_task(title, total=total)
-        yield progress
-
-
 def _show(rows: list[dict[str, object]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    names = ("lower", "upper", "claimed_upper", "gap")
-    table = Table("", "", "lower", "upper", "claimed upper", "gap", "status", box=None, header_style="dim", padding=(0, 1))
-    console = Console()
+    screen = Screen()
+    lines: list[list[Cell]] = []
     for row in rows:
         good = row["upper"] is not None
-        numbers = ["" if (value := row.get(name)) is None else f"{value:.6g}" for name in names]
         path = os.path.relpath(str(row["path"]))
-        table.add_row(f"[{'green' if good else 'red'}]{row['state']}[/]", path, *numbers, str(row["status"] or ""))
+        numbers = [_end(row, "lower"), *(_end(row, name) for name in ("upper", "claimed_upper", "gap"))]
+        lines.append([(str(row["state"]), "green" if good else "red"), path, *numbers, str(row["status"] or "")])
         if not good:
-            console.print(f"{path}: {row['remark']}", markup=False, highlight=False, soft_wrap=True)
-    console.print(table)
+            screen.line(f"{path}: {row['remark']}")
+    screen.table(lines, ("", "", "lower", "upper", "claimed upper", "gap", "status"))
+
+
+def _end(row: dict[str, object], name: str) -> str:
+    """A bound rounded outward; a gap rounds up, as it says how far the ends are apart at most."""
+    value = row.get(name)
+    return show(value, "lower" if name == "lower" else "upper") if isinstance(value, float) else ""

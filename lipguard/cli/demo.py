@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lipguard.callbacks import LipschitzMonitor
+from lipguard.cli.text import Screen
+from lipguard.outward import show_lower, show_upper
 
 __all__ = ["DigitsClassifier", "Epoch", "plot", "run"]
 
@@ -66,68 +65,61 @@ class Epoch:
     lower: float
 
 
-class _Screen(Callback):
-    """The progress line: accuracy and the current bounds, after every epoch."""
+class _Epochs(Callback):
+    """A line after every epoch: accuracy and the current bounds."""
 
-    def __init__(self, monitor: LipschitzMonitor, progress: Progress, epochs: int) -> None:
-        self.monitor, self.progress = monitor, progress
-        self.task = progress.add_task("training", total=epochs, accuracy="", bounds="")
+    def __init__(self, monitor: LipschitzMonitor, screen: Screen, epochs: int) -> None:
+        self.monitor, self.screen, self.total = monitor, screen, epochs
         self.epochs: list[Epoch] = []
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes and shows the values measured a moment ago by the monitor, which stands before this callback."""
         accuracy, last = float(trainer.callback_metrics["accuracy"]), self.monitor.last
-        bounds = "[yellow]not measured[/yellow]"
-        if last is not None:
-            epoch = Epoch(trainer.current_epoch + 1, accuracy, last.spectral.value, last.upper.value, last.lower.value)
-            self.epochs.append(epoch)
-            bounds = f"[cyan]{epoch.lower:.2f}[/cyan] ≤ L ≤ [bold green]{epoch.upper:.2f}[/bold green]"
-        self.progress.update(self.task, advance=1, accuracy=f"{accuracy:.1%}", bounds=bounds)
+        head = (f"epoch {trainer.current_epoch + 1:3d}/{self.total}", "dim"), f" accuracy {accuracy:.1%} "
+        if last is None:
+            self.screen.line(*head, ("not measured", "yellow"))
+            return
+        epoch = Epoch(trainer.current_epoch + 1, accuracy, last.spectral.value, last.upper.value, last.lower.value)
+        self.epochs.append(epoch)
+        self.screen.line(*head, (show_lower(epoch.lower, 4), "cyan"), "≤ L ≤", (show_upper(epoch.upper, 4), "bold green"))
 
 
-def run(epochs: int = 30, out: str | Path = "lipguard-demo", console: Console | None = None) -> list[Epoch]:
+def run(epochs: int = 30, out: str | Path = "lipguard-demo", console: Any = None) -> list[Epoch]:
     """Trains, shows the bounds while it does, and leaves the log, the checkpoint and a plot in `out`.
 
+    Args:
+        epochs: how many to train.
+        out: the folder.
+        console: a `rich.console.Console` to print on; None prints on stdout.
     Returns:
         The values of every epoch.
     """
-    console, out = console or Console(), Path(out)
+    screen, out = Screen(console), Path(out)
     train, test = _digits()
     started = time.perf_counter()
     with _quiet():
         seed_everything(0, verbose=False)
         monitor = LipschitzMonitor(prog_bar=True)
-        columns = (
-            TextColumn("training"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("accuracy [bold]{task.fields[accuracy]}[/bold]"),
-            TextColumn("{task.fields[bounds]}"),
+        shown = _Epochs(monitor, screen, epochs)
+        trainer = Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            callbacks=[monitor, shown],
+            logger=CSVLogger(out, name="", version=""),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=10,
         )
-        with Progress(*columns, console=console) as progress:
-            screen = _Screen(monitor, progress, epochs)
-            trainer = Trainer(
-                max_epochs=epochs,
-                accelerator="cpu",
-                callbacks=[monitor, screen],
-                logger=CSVLogger(out, name="", version=""),
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                log_every_n_steps=10,
-            )
-            trainer.fit(
-                DigitsClassifier(), DataLoader(train, batch_size=64, shuffle=True), DataLoader(test, batch_size=len(test))
-            )
+        trainer.fit(DigitsClassifier(), DataLoader(train, batch_size=64, shuffle=True), DataLoader(test, batch_size=len(test)))
         trainer.save_checkpoint(out / "digits.ckpt")
-    if screen.epochs:
-        plot(screen.epochs, out / "bounds.png")
-        _summary(console, screen.epochs[-1], monitor, time.perf_counter() - started)
+    if shown.epochs:
+        plot(shown.epochs, out / "bounds.png")
+        _summary(screen, shown.epochs[-1], monitor, time.perf_counter() - started)
     else:
-        console.print("[yellow]No epoch could be measured; the log counts the failures.[/yellow]")
-    _files(console, out)
-    return screen.epochs
+        screen.line(("No epoch could be measured; the log counts the failures.", "yellow"))
+    _files(screen, out)
+    return shown.epochs
 
 
 def plot(epochs: list[Epoch], path: Path) -> None:
@@ -155,7 +147,8 @@ def plot(epochs: list[Epoch], path: Path) -> None:
         (upper, green, "LipSDP, verified upper bound"),
         (lower, blue, "witnessed lower bound"),
     ):
-        bottom.plot(numbers, values, color=colour, marker="o", markersize=3, label=f"{label}: {values[-1]:.2f}")
+        last = (show_lower if values is lower else show_upper)(values[-1], 4)
+        bottom.plot(numbers, values, color=colour, marker="o", markersize=3, label=f"{label}: {last}")
     bottom.set_yscale("log")
     bottom.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     bottom.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
@@ -208,30 +201,21 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _summary(console: Console, last: Epoch, monitor: LipschitzMonitor, seconds: float) -> None:
-    table = Table(title=f"After {last.number} epochs", title_justify="left", box=None, show_header=False, padding=(0, 2))
-    table.add_column(style="dim")
-    table.add_column(justify="right", style="bold")
-    table.add_column()
-    table.add_row("test accuracy", f"{last.accuracy:.1%}", "")
-    table.add_row("product of spectral norms", f"{last.spectral:.3f}", "verified upper bound")
-    table.add_row("LipSDP", f"[green]{last.upper:.3f}[/green]", "verified upper bound")
-    table.add_row("steepest point found", f"[cyan]{last.lower:.3f}[/cyan]", "witnessed lower bound")
-    table.add_row(
-        "seconds",
-        f"{seconds:.1f}",
-        f"of which {monitor.measuring_seconds:.1f} measuring, {monitor.measuring_seconds / last.number:.3f} an epoch",
-    )
-    table.add_row(
-        "share of training time",
-        f"{monitor.overhead:.0%}",
-        "short training: 0.5 s a measurement is always allowed",
-    )
-    console.print("", table, "")
+def _summary(screen: Screen, last: Epoch, monitor: LipschitzMonitor, seconds: float) -> None:
+    each = monitor.measuring_seconds / last.number
+    rows = [
+        (("test accuracy", "dim"), f"{last.accuracy:.1%}", ""),
+        (("product of spectral norms", "dim"), show_upper(last.spectral, 5), "verified upper bound"),
+        (("LipSDP", "dim"), (show_upper(last.upper, 5), "green"), "verified upper bound"),
+        (("steepest point found", "dim"), (show_lower(last.lower, 5), "cyan"), "witnessed lower bound"),
+        (("seconds", "dim"), f"{seconds:.1f}", f"of which {monitor.measuring_seconds:.1f} measuring, {each:.3f} an epoch"),
+        (("share of training time", "dim"), f"{monitor.overhead:.0%}", "short training: 0.5 s a measurement is always allowed"),
+    ]
+    screen.line()
+    screen.table(rows, title=f"After {last.number} epochs")
+    screen.line()
 
 
-def _files(console: Console, out: Path) -> None:
-    console.print(f"[dim]Left in {out}/: metrics.csv, bounds.png, digits.ckpt, which is bounded again by[/dim]", soft_wrap=True)
-    console.print(
-        f"lipguard bound {out / 'digits.ckpt'} --model lipguard.cli.demo.DigitsClassifier", soft_wrap=True, highlight=False
-    )
+def _files(screen: Screen, out: Path) -> None:
+    screen.line((f"Left in {out}/: metrics.csv, bounds.png, digits.ckpt, which is bounded again by", "dim"))
+    screen.line(f"lipguard bound {out / 'digits.ckpt'} --model lipguard.cli.demo.DigitsClassifier")

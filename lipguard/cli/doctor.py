@@ -10,10 +10,8 @@ import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from rich.console import Console
-from rich.table import Table
-
 from lipguard import __version__, registry
+from lipguard.cli.text import Cell, Screen
 
 __all__ = ["Finding", "examine", "show"]
 
@@ -58,21 +56,17 @@ def examine() -> dict[str, object]:
     return {"versions": versions, "hardware": hardware, "solvers": [asdict(finding) for finding in _solvers()]}
 
 
-def show(report: dict[str, object], console: Console) -> None:
+def show(report: dict[str, object], screen: Screen) -> None:
     """Prints what `examine` found."""
     versions, hardware, solvers = report["versions"], report["hardware"], report["solvers"]
     assert isinstance(versions, dict) and isinstance(hardware, dict) and isinstance(solvers, list)
-    about = Table.grid(padding=(0, 2))
-    for name, value in {**versions, **hardware}.items():
-        about.add_row(f"[dim]{name}[/dim]", str(value))
-    console.print(about, "")
-    table = Table(
-        "", "solver", "for", "version", "licence", "limits, or what it needs", box=None, header_style="dim", padding=(0, 1)
-    )
+    screen.table([((name, "dim"), str(value)) for name, value in {**versions, **hardware}.items()])
+    screen.line()
+    rows: list[list[Cell]] = []
     for solver in solvers:
-        mark = "[green]✓[/green]" if solver["usable"] else "[red]✗[/red]"
-        table.add_row(mark, solver["name"], solver["solves"], solver["version"], solver["licence"], solver["remark"])
-    console.print(table)
+        mark = ("✓", "green") if solver["usable"] else ("✗", "red")
+        rows.append([mark, *(str(solver[name]) for name in ("name", "solves", "version", "licence", "remark"))])
+    screen.table(rows, ("", "solver", "for", "version", "licence", "limits, or what it needs"))
 
 
 def _version(distribution: str) -> str:

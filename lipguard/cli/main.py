@@ -140,9 +140,9 @@ def _doctor(options: Namespace) -> int:
     if options.json:
         _print_json(report)
     else:
-        from rich.console import Console
+        from lipguard.cli.text import Screen
 
-        show(report, Console())
+        show(report, Screen())
     return DONE
 
 
@@ -216,24 +216,22 @@ def _document(certificate: Certificate, options: Namespace) -> dict[str, object]
 
 
 def _print_certificate(certificate: Certificate, options: Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from lipguard.cli.text import Cell, Screen
+    from lipguard.outward import show, show_upper
 
-    console = Console()
-    table = Table.grid(padding=(0, 2))
     norms = " → ".join({1.0: "l1", 2.0: "l2"}.get(p, "l∞") for p in certificate.norm)
     colour = "green" if certificate.rigor == "verified" else "yellow"
-    table.add_row(
-        "[dim]bound[/dim]", f"[bold]{certificate.value:.9g}[/bold]  {certificate.side}, [{colour}]{certificate.rigor}[/{colour}]"
-    )
-    table.add_row("[dim]norms[/dim]", norms)
-    table.add_row("[dim]domain[/dim]", options.domain or "all inputs")
-    table.add_row("[dim]method[/dim]", certificate.method)
-    table.add_row("[dim]network[/dim]", certificate.digest[:16])
-    table.add_row("[dim]time[/dim]", f"{certificate.seconds:.3g} s")
-    if certificate.note:
-        table.add_row("[dim]note[/dim]", certificate.note)
-    console.print(table)
+    value = show(certificate.value, certificate.side, 9)
+    rows: list[tuple[str, Cell]] = [
+        ("bound", (f"{value}  {certificate.side}, {certificate.rigor}", f"bold {colour}")),
+        ("norms", norms),
+        ("domain", options.domain or "all inputs"),
+        ("method", certificate.method),
+        ("network", certificate.digest[:16]),
+        ("time", f"{show_upper(certificate.seconds, 3)} s"),
+    ]
+    rows += [("note", certificate.note)] if certificate.note else []
+    Screen().table([((name, "dim"), cell) for name, cell in rows])
 
 
 def _print_json(document: dict[str, object]) -> None:
