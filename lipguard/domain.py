@@ -19,8 +19,23 @@ NORMS = (1.0, 2.0, math.inf)
 
 def _on_cpu(value: float | Sequence[float] | Tensor) -> Tensor:
     """The numbers on the CPU in float64; those of Python and NumPy as they are, never by way of torch's default float32."""
-    given = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64, device="cpu")
+    try:
+        given = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InvalidDomain(
+            f"a domain's {type(value).__name__} holds no numbers: give a number, or one for each input."
+        ) from error
+    if given.is_complex() or given.layout != torch.strided or given.is_meta:
+        raise InvalidDomain(f"a domain's tensor is {given.dtype}, {given.layout} on {given.device}: give a real, dense one.")
     return given.detach().to("cpu", torch.float64)
+
+
+def _number(value: object, what: str) -> float:
+    """A number of Python, NumPy or a tensor of one entry, as a float; text is read too where it means inf."""
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InvalidDomain(f"{what}={value!r} must be a number.") from error
 
 
 def _vector(value: float | Sequence[float] | Tensor, size: int, what: str) -> Tensor:
@@ -100,7 +115,7 @@ class Box:
 class Ball:
     """Inputs with ||x - center||_norm <= radius, of which only those in `box` count, where one is given.
 
-    The box is that of all inputs there are, [0, 1] for images: it holds the centre. For `lipguard.bound` a centre of shape
+    The box holds every input that can occur, [0, 1] for images, and so the centre. For `lipguard.bound` a centre of shape
     (B, ...), B > 1, stands for B balls.
     """
 
@@ -108,6 +123,13 @@ class Ball:
     radius: float
     norm: float = 2.0
     box: Box | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is no number, and a box of another type."""
+        object.__setattr__(self, "radius", _number(self.radius, "Ball.radius"))
+        object.__setattr__(self, "norm", _number(self.norm, "Ball.norm"))
+        if self.box is not None and not isinstance(self.box, Box):
+            raise InvalidDomain(f"Ball.box is {type(self.box).__name__}; give lipguard.Box(lower, upper).")
 
     def each(self, size: int) -> tuple[Ball, ...] | None:
         """The balls of a batch, where the centre has shape (B, ...) with B * size entries, B > 1; None for a single ball."""

@@ -171,7 +171,7 @@ def certify(
         eps: radius > 0 at which `certified` is decided, in the units of the input.
         method: "local", LipSDP of every pair of classes on each ball, with linear propagation; "global", LipSDP of the
             pairs on all of R^d, quick for many samples; "spectral", the product of the norms, cheapest.
-        box: the inputs there are, [0, 1] for images: a "local" radius then speaks of those alone.
+        box: every input that can occur, [0, 1] for images: a "local" radius then speaks of those alone.
         radii: find the radii as well; False decides `certified` alone, and `radius` is eps or 0.
         largest: radii beyond it are not searched.
         tol: relative accuracy of the radii of "local".
@@ -189,8 +189,14 @@ def certify(
         raise UnknownName(f"method={method!r}: certify knows {', '.join(get_args(Method))}.")
     if not (isinstance(eps, (int, float)) and 0 < eps < math.inf):
         raise InvalidDomain(f"eps={eps!r} must be a positive number, a radius in the units of the input.")
-    if not 0 < tol < 1:
+    if not (isinstance(tol, int | float) and 0 < tol < 1):
         raise UnsupportedQuery(f"tol={tol!r} must lie between 0 and 1.")
+    if not (isinstance(largest, int | float) and largest > 0):
+        raise UnsupportedQuery(f"largest={largest!r} must be a positive radius, or math.inf.")
+    if time_limit is not None and not (isinstance(time_limit, int | float) and time_limit >= 0):
+        raise UnsupportedQuery(f"time_limit={time_limit!r} must be seconds, 0 or more, or None for no limit.")
+    if box is not None and not isinstance(box, Box):
+        raise InvalidDomain(f"box is {type(box).__name__}; give lipguard.Box(lower, upper).")
     captured = capture(model, batch, submodule=submodule)
     network = neurons_only(captured)
     if any(isinstance(node, Implicit) for node in network.nodes):
@@ -221,7 +227,10 @@ def _checked(network: Network, batch: Tensor, labels: Tensor, box: Box | None) -
         raise InvalidExample(f"the batch must be a tensor (B, ...) with {network.inputs} entries for each sample.")
     if labels is None:
         raise InvalidExample("labels are missing: give the class of each sample, shape (B,).")
-    labels = torch.as_tensor(labels)
+    try:
+        labels = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidExample(f"labels are no integers ({type(labels).__name__}): give the class of each sample.") from error
     if labels.shape != (len(batch),) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         given = f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}"
         raise InvalidExample(f"{given}; one integer for each of {len(batch)} samples is needed.")

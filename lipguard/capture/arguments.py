@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lipguard.errors import InvalidExample, UnsupportedQuery
@@ -164,6 +165,8 @@ def _check(tensor: Tensor, what: str) -> None:
         raise InvalidExample(f"{what} has shape {tuple(tensor.shape)}; a batch of shape (B, ...) with B >= 1 is needed.")
     if not tensor.is_floating_point():
         raise InvalidExample(f"{what} is {tensor.dtype}; a bound needs real-valued inputs, as in example.float().")
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise InvalidExample(f"{what} is a {tensor.layout} tensor on {tensor.device}; give a dense one with values.")
     if not bool(tensor[0].isfinite().all()):
         raise InvalidExample(f"{what} has nan or infinite entries.")
 
@@ -173,7 +176,7 @@ def _like_weights(module: nn.Module, example: Any) -> Any:
 
     def moved(_: Path, tensor: Tensor) -> Tensor:
         plain = tensor.detach()
-        if weight is None:
+        if weight is None or plain.is_meta:
             return plain
         return plain.to(weight.device, weight.dtype) if plain.is_floating_point() else plain.to(weight.device)
 

@@ -118,7 +118,8 @@ def _capture(model: nn.Module, query: Query, live: bool, which: str | None, sour
 def _arguments(module: nn.Module, example: Any) -> Arguments:
     if not isinstance(example, Tensor | tuple | list | Mapping):
         raise InvalidExample(
-            f"example is {type(example).__name__}; a tensor of shape (B, ...) is needed, or a tuple or a mapping of several."
+            f"example is {type(example).__name__}; a tensor of shape (B, ...) is needed, or a tuple or a mapping of several. "
+            "Give torch.as_tensor(example) for an array, torch.zeros(1, 4) where only the shape (4,) of one input is known."
         )
     return arguments_of(module, example)
 
