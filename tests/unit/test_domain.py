@@ -21,7 +21,7 @@ def test_an_end_that_holds_no_numbers(end):
 
 @pytest.mark.parametrize("fields", [{"radius": "wide"}, {"radius": None}, {"norm": "l2"}, {"norm": None}, {"box": (0, 1)}])
 def test_a_ball_with_a_field_of_another_type(fields):
-    with pytest.raises(InvalidDomain, match="must be a number|give lipguard"):
+    with pytest.raises(InvalidDomain, match=r"must be a number|give lipguard"):
         lg.Ball(**({"center": 0.0, "radius": 1.0} | fields))
 
 
