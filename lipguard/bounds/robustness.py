@@ -187,16 +187,13 @@ def certify(
     began = time.perf_counter()
     if method not in get_args(Method):
         raise UnknownName(f"method={method!r}: certify knows {', '.join(get_args(Method))}.")
+    for name, value in {"tol": tol, "largest": largest, "time_limit": 0.0 if time_limit is None else time_limit}.items():
+        if not (isinstance(value, int | float) and value >= 0):
+            raise UnsupportedQuery(f"{name}={value!r} must be a number, 0 or more.")
     if not (isinstance(eps, (int, float)) and 0 < eps < math.inf):
         raise InvalidDomain(f"eps={eps!r} must be a positive number, a radius in the units of the input.")
-    if not (isinstance(tol, int | float) and 0 < tol < 1):
+    if not 0 < tol < 1:
         raise UnsupportedQuery(f"tol={tol!r} must lie between 0 and 1.")
-    if not (isinstance(largest, int | float) and largest > 0):
-        raise UnsupportedQuery(f"largest={largest!r} must be a positive radius, or math.inf.")
-    if time_limit is not None and not (isinstance(time_limit, int | float) and time_limit >= 0):
-        raise UnsupportedQuery(f"time_limit={time_limit!r} must be seconds, 0 or more, or None for no limit.")
-    if box is not None and not isinstance(box, Box):
-        raise InvalidDomain(f"box is {type(box).__name__}; give lipguard.Box(lower, upper).")
     captured = capture(model, batch, submodule=submodule)
     network = neurons_only(captured)
     if any(isinstance(node, Implicit) for node in network.nodes):
