@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from lipguard.errors import UnsupportedQuery
-from lipguard.network import Affine, Conv, Network, Operator
+from lipguard.network import Conv, Network
 from lipguard.programs.elimination import fill
 from lipguard.programs.rewriting import slope_restricted
 from lipguard.programs.torus import Torus
@@ -123,18 +123,12 @@ def check_search_memory(torus: Torus) -> None:
 
 def convolutions(network: Network) -> list[Conv]:
     """The convolutions of a network."""
-    return [node.operator for node in network.nodes if isinstance(node, Affine) and isinstance(node.operator, Conv)]
+    return [kernel for node in network.nodes if node.map is not None and (kernel := node.map.convolution) is not None]
 
 
 def pass_work(network: Network) -> int:
     """Multiplications of the affine maps of one sample's pass."""
-    return sum(multiplications(node.operator) for node in network.nodes if isinstance(node, Affine))
-
-
-def multiplications(operator: Operator) -> int:
-    """Multiplications of one application."""
-    count = sum(t.numel() for t in operator.tensors())
-    return count * math.prod(operator.small) if isinstance(operator, Conv) else count
+    return sum(node.map.multiplications for node in network.nodes if node.map is not None)
 
 
 def norm_work(conv: Conv) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lipguard.certificate import Certificate, Domain, Query, Slopes
-from lipguard.network import Implicit, Network
+from lipguard.network import Network
 from lipguard.verify import verify_local
 
 
@@ -20,7 +20,7 @@ def slope_bounds(network: Network, query: Query, domains: Sequence[Domain]) -> l
 
 def has_implicit(network: Network) -> bool:
     """Whether there is a layer of whose values no ranges are known: the bound on all of R^d stands on every domain then."""
-    return any(isinstance(node, Implicit) for node in network.nodes)
+    return any(node.loop is not None for node in network.nodes)
 
 
 def unproved(network: Network, query: Query, domains: Sequence[Domain], name: str) -> list[Certificate]:

@@ -14,7 +14,7 @@ from lipguard.bounds.method import PAIRS, Method, Pair
 from lipguard.bounds.slopes import has_implicit, slope_bounds
 from lipguard.certificate import Certificate, Domain, Factors, Query
 from lipguard.errors import UnsupportedQuery
-from lipguard.network import Affine, Conv, Index, Network, Operator
+from lipguard.network import Network, Operator
 from lipguard.verify import verify
 from lipguard.verify.norms.factors import LARGEST_UNROLLED
 
@@ -33,9 +33,7 @@ class Spectral(Method):
         """
         del state
         began = time.perf_counter()
-        factors = Factors(
-            {i: layer_norm(n.operator, query.norm[0]) for i, n in enumerate(network.nodes) if isinstance(n, Affine)}
-        )
+        factors = Factors({i: layer_norm(n.map, query.norm[0]) for i, n in enumerate(network.nodes) if n.map is not None})
         proposed = Certificate(math.nan, "upper", query.norm, query.domain, network.digest, "spectral", factors)
         verified = verify(network, proposed)
         return replace(verified, seconds=time.perf_counter() - began), None
@@ -53,9 +51,10 @@ def layer_norm(operator: Operator, p: float) -> float:
     if p != 2:
         magnitude = operator.abs() if p == math.inf else operator.abs().transpose()
         return float(magnitude(torch.ones(magnitude.shape[1], dtype=torch.float64, device=operator.device)).max())
-    if operator.scalar() is not None:
-        return abs(float(operator.scalar() or 0.0))
-    if isinstance(operator, Index) or (isinstance(operator, Conv) and math.prod(operator.shape) > LARGEST_UNROLLED):
+    known = operator.norm(p)
+    if known is not None:
+        return known
+    if operator.convolution is not None and math.prod(operator.shape) > LARGEST_UNROLLED:
         return math.sqrt(layer_norm(operator, 1) * layer_norm(operator, math.inf))  # the checker finds a better one itself
     weight = operator.dense()
     weight = weight if weight.shape[0] <= weight.shape[1] else weight.T

@@ -14,7 +14,7 @@ from typing import ClassVar
 from lipguard.bounds.method import Method, Pair
 from lipguard.bounds.semidefinite import Semidefinite
 from lipguard.certificate import Certificate, Factors, Multipliers, Product, Query
-from lipguard.network import Activation, Network
+from lipguard.network import Network
 from lipguard.network.pieces import pieces, separators
 from lipguard.solvers.threads import one_thread
 from lipguard.verify import verify
@@ -75,7 +75,8 @@ def balanced(network: Network, count: int) -> tuple[int, ...]:
     for i in network.activations:
         total += size[i]
         before[i] = total
-    candidates = [i for i in separators(network) if isinstance(network.nodes[i], Activation) and before[i] < total]
+    nodes = network.nodes
+    candidates = [i for i in separators(network) if nodes[i].elementwise and not nodes[i].loop and before[i] < total]
     chosen: set[int] = set()
     for part in range(1, count):
         if candidates:

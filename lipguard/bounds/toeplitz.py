@@ -17,7 +17,7 @@ from torch import Tensor
 from lipguard.bounds.method import Method
 from lipguard.bounds.spectral import layer_norm
 from lipguard.certificate import Certificate, Factors, Query
-from lipguard.network import Affine, Conv, Network
+from lipguard.network import Conv, Network
 from lipguard.verify import verify
 
 _MARGIN = 1 + 2.0**-30
@@ -41,9 +41,9 @@ class Toeplitz(Method):
         began = time.perf_counter()
         norms: dict[int, float] = {}
         for i, node in enumerate(network.nodes):
-            if isinstance(node, Affine):
-                conv = node.operator if isinstance(node.operator, Conv) and query.norm[0] == 2 else None
-                norms[i] = layer_norm(node.operator, query.norm[0]) if conv is None else _proposal(conv)
+            if node.map is not None:
+                kernel = node.map.convolution if query.norm[0] == 2 else None
+                norms[i] = layer_norm(node.map, query.norm[0]) if kernel is None else _proposal(kernel)
         factors = Factors(norms, "toeplitz")
         proposed = Certificate(math.nan, "upper", query.norm, query.domain, network.digest, "toeplitz", factors)
         verified = verify(network, proposed)

@@ -25,7 +25,7 @@ from lipguard.bounds.spectral import Spectral
 from lipguard.capture import network_of
 from lipguard.certificate import Certificate, Domain, Factors, Query
 from lipguard.errors import Contradiction, LipguardError
-from lipguard.network import Affine, Network
+from lipguard.network import Network
 from lipguard.outward import show_interval, show_lower, show_upper
 from lipguard.programs.rewriting import slope_restricted
 from lipguard.query import Inputs, Norm, Outputs
@@ -81,8 +81,11 @@ class Measurement:
         evidence = self.spectral.evidence
         assert isinstance(evidence, Factors)
         p = self.upper.norm[0]
-        nodes = {i: n for i, n in enumerate(self.network.nodes) if isinstance(n, Affine)}
-        return {n.name or f"node{i}": prove_norm(n.operator, evidence.norms[i], p, n.name) for i, n in nodes.items()}
+        return {
+            node.name or f"node{i}": prove_norm(node.map, evidence.norms[i], p, node.name)
+            for i, node in enumerate(self.network.nodes)
+            if node.map is not None
+        }
 
 
 @dataclass
