@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 V = TypeVar("V")
-"""A value in another arithmetic: an enclosure, a row of coefficients, a bound."""
+W = TypeVar("W")
+"""Values in another arithmetic: an enclosure, a row of coefficients, a bound."""
 
 
 class Vertex(Part, ABC):
@@ -70,8 +71,8 @@ class Vertex(Part, ABC):
         """Its value (batch, size), from the values (batch, ...) it reads."""
 
     def linear(
-        self, read: Sequence[V], through: Callable[[V, Operator, Tensor | None], V], total: Callable[[Sequence[V]], V]
-    ) -> V:
+        self, read: Sequence[V], through: Callable[[V, Operator, Tensor | None], W], total: Callable[[Sequence[V]], W]
+    ) -> W:
         """Its value in another arithmetic, of one that maps by operators and adds: `through(v, operator, bias)`, `total(vs)`.
 
         Raises:
@@ -212,8 +213,8 @@ class Affine(_Reader):
         return y if self.bias is None else y + self.bias
 
     def linear(
-        self, read: Sequence[V], through: Callable[[V, Operator, Tensor | None], V], total: Callable[[Sequence[V]], V]
-    ) -> V:
+        self, read: Sequence[V], through: Callable[[V, Operator, Tensor | None], W], total: Callable[[Sequence[V]], W]
+    ) -> W:
         """Through operator and bias."""
         del total
         return through(read[0], self.operator, self.bias)
@@ -317,8 +318,8 @@ class Sum(Vertex):
         return torch.stack(read).sum(0)
 
     def linear(
-        self, read: Sequence[V], through: Callable[[V, Operator, Tensor | None], V], total: Callable[[Sequence[V]], V]
-    ) -> V:
+        self, read: Sequence[V], through: Callable[[V, Operator, Tensor | None], W], total: Callable[[Sequence[V]], W]
+    ) -> W:
         """The sum."""
         del through
         return total(read)

@@ -52,9 +52,18 @@ class Enclosed:
     def cat(cls, parts: Sequence[Enclosed], dim: int) -> Enclosed:
         """Parts beside each other (dim=-1) or below each other (dim=-2)."""
         center = torch.cat([part.center for part in parts], dim)
-        if all(part.radius is None for part in parts):
+        radii = [part.radius for part in parts if part.radius is not None]
+        if not radii:
             return cls(center)
-        return cls(center, torch.cat([part.spread for part in parts], dim))
+        if min(r.ndim for r in radii) == center.ndim:
+            return cls(center, torch.cat([part.spread for part in parts], dim))
+        return cls(center, torch.cat([part.shared.spread for part in parts], dim))
+
+    @property
+    def shared(self) -> Enclosed:
+        """With one radius for all of a batch (F, n, m)."""
+        spread = torch.zeros_like(self.center[0], dtype=torch.float64) if self.radius is None else self.radius
+        return Enclosed(self.center, spread.amax(0) if spread.ndim == self.center.ndim else spread)
 
     @property
     def spread(self) -> Tensor:
@@ -104,10 +113,14 @@ class Enclosed:
         """Center and radius at an index."""
         return Enclosed(self.center[index], None if self.radius is None else self.radius[index])  # type: ignore[index]
 
-    def at(self, batch: Tensor) -> Enclosed:
-        """Those of the batch at an index (F',)."""
+    def at(self, batch: Tensor | int) -> Enclosed:
+        """Those of the batch at an index (F',), or one of them."""
         shared = self.radius is None or self.radius.ndim < self.center.ndim
         return Enclosed(self.center[batch], self.radius if shared else self.radius[batch])  # type: ignore[index]
+
+    def to(self, dtype: torch.dtype) -> Enclosed:
+        """With centers of another type, complex for real: exact."""
+        return Enclosed(self.center.to(dtype), self.radius)
 
     def __neg__(self) -> Enclosed:
         """Exact."""

@@ -1,38 +1,119 @@
-"""The LipSDP inequality proved front by front: the neurons are eliminated layer by layer, at a cost linear in depth.
+"""The inequality proved front by front: variables are eliminated one after another, at a cost linear in their number.
 
-Between two inputs the network's increments are those of the linear network J with some slope of [alpha, beta] for every
-neuron, and J' is such a network as well, with the same norm: the inequality may be proved of either. Elimination runs
-from the outputs to the inputs, that of J' from the inputs to the outputs. Roundoff may grow along the one and not along
-the other, and the smaller end makes the cheaper last front.
+Over variables v_0, ..., v_L, of which all but the last have positive numbers on a diagonal and the last has rho,
 
-With S the blocks that are subtracted so far (first Y'Y), layer k's part of Z is the front
+    sum_k v_k* diag_k v_k + rho |v_L|^2 + sum_{i <= j} (v_i* B_ij v_j and its adjoint) >= 0
 
-    P = 2 T_k - S_kk,   X_j = -T_k (alpha + beta) Q_kj - S_kj,   and the rest   S_ij + U_ij - 2 Q_ki' T_k alpha beta Q_kj
+is split into fronts: with P and X the blocks of v_0, and z what it meets, [[P, X], [X*, U]] >= 0 is proved, so that the form
+is at least what is left of it, less z* U z. In the end rho I - S >= 0 is left, and the least rho is found there.
 
-goes on to the sources i, j of the layer. What remains is rho I - S over the inputs.
+Variables may be signals on tori, with a block for each frequency: all frequencies of a variable that fold onto one of a
+coarser one are added up there. A vector, or a layer of a network without tori, has one frequency.
+
+For a network layer by layer (`LayerBlocks`): between two inputs its increments are those of the linear network J with some
+slope of [alpha, beta] for every neuron, and J' is such a network as well, with the same norm: the inequality may be proved of
+either. Elimination runs from the outputs to the inputs, that of J' from the inputs to the outputs. Roundoff may grow along the
+one and not along the other, and the smaller end makes the cheaper last front.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import TYPE_CHECKING
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from lipguard.rounding import TINY, UNIT, gamma
 from lipguard.verify.enclosed import Enclosed
-from lipguard.verify.lmi.fronts import front, largest_eigenvalue
-
-if TYPE_CHECKING:
-    from lipguard.verify.lmi.form import Form
+from lipguard.verify.lmi.form import Form
+from lipguard.verify.lmi.fronts import front, hermitian, largest_eigenvalue
+from lipguard.verify.torus.frequencies import Counts, fold, mirror
 
 Pair = tuple[int, int]
 
+_CHUNK = 2**19
+"""Numbers in a batch of fronts: a few megabytes, so that it stays in the cache."""
+
+
+class Elimination:
+    """The form above, by what there is of it: variables in the order of their elimination, the one with rho last."""
+
+    def __init__(self, diagonal: Sequence[Tensor], counts: Sequence[Counts] | None = None) -> None:
+        """Without blocks.
+
+        Args:
+            diagonal: of every variable but the last, at one frequency; of the last only the length counts.
+            counts: the number of frequencies of every variable along each axis; None for one of each.
+        """
+        self.diagonal = list(diagonal)
+        self.counts = [()] * len(self.diagonal) if counts is None else list(counts)
+        self.blocks: dict[Pair, Enclosed] = {}
+
+    def add(self, i: int, j: int, block: Enclosed) -> None:
+        """Add a block (F, n_i, n_j), i <= j, at the frequencies of variable i."""
+        self.blocks[i, j] = self.blocks[i, j] + block if (i, j) in self.blocks else block
+
+    def least_rho(self) -> float:
+        """A rho for which the form is proved positive semidefinite, a little above the least there is.
+
+        Raises:
+            NotCertified: a front's pivot is not provably positive definite.
+        """
+        last = len(self.diagonal) - 1
+        for k in range(last):
+            met = sorted(j for i, j in self.blocks if i == k and j > k)
+            own, pivot = self.blocks.pop((k, k), None), Enclosed(torch.diag(self.diagonal[k])[None])
+            if own is not None:
+                pivot = hermitian(pivot + own)
+            alone = k == last - 1 and (last, last) not in self.blocks and not any(self.counts)
+            if alone and met and len(self.diagonal[last]) >= len(self.diagonal[k]):
+                # [[P, X], [X*, rho I]] >= 0 iff rho P - X X* >= 0: the last variable, which is the longer one, goes first.
+                cross = self.blocks[k, last]
+                return largest_eigenvalue(hermitian(cross @ cross.mH), pivot)
+            if met:
+                self._eliminate(k, pivot, met)
+            elif own is not None or bool((self.diagonal[k] < 0).any()):
+                front(pivot, Enclosed(pivot.center.new_zeros(len(pivot.center), len(self.diagonal[k]), 0)))
+        left = self.blocks.get((last, last))
+        return 0.0 if left is None else largest_eigenvalue(hermitian(-left))
+
+    def _eliminate(self, k: int, pivot: Enclosed, met: list[int]) -> None:
+        """Replace variable k by what it does to those it meets."""
+        cross = Enclosed.cat([self.blocks.pop((k, j)) for j in met], -1)
+        # Signals are real: at -f everything is the conjugate of what it is at f, and one proof holds for both.
+        opposite = mirror(self.counts[k], cross.center.device)
+        index = torch.arange(len(opposite), device=opposite.device)
+        first = index <= opposite
+        position = first.to(torch.int64).cumsum(0) - 1
+        centers = pivot.center.to(cross.center.dtype).expand(len(index), -1, -1)
+        pivot = Enclosed(centers, None if pivot.radius is None else pivot.radius)
+        step = max(1, _CHUNK // (4 * sum(cross.center.shape[1:]) ** 2))
+        parts = [front(pivot.at(chosen), cross.at(chosen)) for chosen in index[first].split(step)]
+        u = torch.cat(parts)[position[torch.minimum(index, opposite)]]
+        u[~first] = u[~first].conj()
+        spans = [slice(a, b) for a, b in pairwise([0, *accumulate(len(self.diagonal[j]) for j in met)])]
+        for (i, rows), (j, columns) in ((a, b) for a in zip(met, spans, strict=True) for b in zip(met, spans, strict=True)):
+            if j >= i:
+                self.add(i, j, -self._folded(u[:, rows, columns], self.counts[k], self.counts[i]))
+
+    def _folded(self, u: Tensor, fine: Counts, coarse: Counts) -> Enclosed:
+        """All frequencies that fold onto one of coarser ones added up."""
+        if fine == coarse:
+            return Enclosed(u if coarse else u.real)
+        index, count = fold(fine, coarse, u.device), math.prod(coarse)
+        mass = torch.zeros(count, *u.shape[1:], dtype=torch.float64, device=u.device).index_add_(0, index, u.abs())
+        total = u.new_zeros(count, *u.shape[1:]).index_add_(0, index, u)
+        # A sum of that many terms, and the absolute values' own roundings; between real vectors the imaginary part,
+        # antisymmetric, does nothing.
+        radius = mass.amax(0) * (2 * gamma(len(u) // count + 4))
+        return Enclosed(total if coarse else total.real, radius)
+
 
 @dataclass(frozen=True, eq=False)
-class Blocks:
+class LayerBlocks:
     """A form's blocks by layer: -1 the inputs, then the activation nodes.
 
     Attributes:
@@ -49,7 +130,21 @@ class Blocks:
     out: dict[int, Enclosed]
     outputs: int
 
-    def transposed(self) -> Blocks:
+    @classmethod
+    def of(cls, form: Form) -> LayerBlocks:
+        """The blocks of a form; those that are zero and exact are left out."""
+        starts = sorted({block.rows.start for block in form.q_blocks})
+        index = {start: k for k, start in enumerate(starts)} | {form.neurons: -1}
+        places = tuple(slice(a, b) for a, b in zip(starts, [*starts[1:], form.neurons], strict=True))
+        rows: tuple[dict[int, Enclosed], ...] = tuple({} for _ in places)
+        for block in form.q_blocks:
+            if bool(block.matrix.magnitude().any()):
+                rows[index[block.rows.start]][index[block.columns.start]] = block.matrix
+        out = {index[b.columns.start]: b.matrix for b in form.y_blocks if bool(b.matrix.magnitude().any())}
+        sizes = {-1: form.inputs} | {k: place.stop - place.start for k, place in enumerate(places)}
+        return cls(sizes, places, rows, out, form.outputs)
+
+    def transposed(self) -> LayerBlocks:
         """The blocks of J': the last layer becomes the first, inputs become outputs."""
         last = len(self.places) - 1
         rows: tuple[dict[int, Enclosed], ...] = tuple({} for _ in self.places)
@@ -59,151 +154,41 @@ class Blocks:
                 # What k reads from `source`, `source` reads from k: the inputs and the outputs, -1 and L, change places.
                 (out if source < 0 else rows[last - source])[last - k] = matrix.mT
         sizes = {last - k: size for k, size in self.sizes.items() if k >= 0} | {-1: self.outputs}
-        return Blocks(sizes, tuple(reversed(self.places)), rows, out, self.sizes[-1])
+        return LayerBlocks(sizes, tuple(reversed(self.places)), rows, out, self.sizes[-1])
 
+    def flops(self) -> float:
+        """Floating-point operations of the proof by fronts."""
+        met: set[Pair] = {(i, j) for i in self.out for j in self.out}
+        total = self.sizes[-1] ** 3 * 2 / 3
+        for k in reversed(range(len(self.places))):
+            sources = sorted(set(self.rows[k]) | {j for i, j in met if i == k and j < k})
+            met |= {(i, j) for i in sources for j in sources}
+            n, m = self.sizes[k], sum(self.sizes[j] for j in sources)
+            total += (n + m) ** 3 / 3 + n**3 / 3 + n * m * (n + 2 * m)
+        return total
 
-def blocks(form: Form) -> Blocks:
-    """The blocks of a form; those that are zero and exact are left out."""
-    starts = sorted({block.rows.start for block in form.q_blocks})
-    index = {start: k for k, start in enumerate(starts)} | {form.neurons: -1}
-    places = tuple(slice(a, b) for a, b in zip(starts, [*starts[1:], form.neurons], strict=True))
-    rows: tuple[dict[int, Enclosed], ...] = tuple({} for _ in places)
-    for block in form.q_blocks:
-        if bool(block.matrix.magnitude().any()):
-            rows[index[block.rows.start]][index[block.columns.start]] = block.matrix
-    out = {index[b.columns.start]: b.matrix for b in form.y_blocks if bool(b.matrix.magnitude().any())}
-    sizes = {-1: form.inputs} | {k: place.stop - place.start for k, place in enumerate(places)}
-    return Blocks(sizes, places, rows, out, form.outputs)
+    def elimination(self, form: Form, t: Tensor) -> Elimination:
+        """Z(rho, t) of the form's slopes, from the last layer to the inputs; t (n,), finite and not negative."""
+        place = {k: len(self.places) - 1 - k for k in self.sizes}
+        diagonal = [2 * t[here] for here in reversed(self.places)]  # exact
+        z = Elimination([*diagonal, t.new_zeros(self.sizes[-1])])
+        for k, here in enumerate(self.places):
+            alpha, beta, tk = form.alpha[here], form.beta[here], t[here]
+            # Two roundings, of the sum and of the product, and what the product may lose below the normal range.
+            coupling = tk * (alpha + beta)
+            factor = Enclosed(-coupling[:, None], (3 * UNIT * coupling.abs() + TINY)[:, None])
+            for source, matrix in self.rows[k].items():
+                z.add(place[k], place[source], (matrix * factor)[None])
+            curve = 2 * tk * alpha * beta  # two roundings
+            if bool(curve.any()):
+                self._square(z, place, self.rows[k], Enclosed(curve[:, None], (3 * UNIT * curve.abs() + 2 * TINY)[:, None]))
+        self._square(z, place, self.out, None)
+        return z
 
-
-def fronts(b: Blocks) -> list[tuple[int, int]]:
-    """(n, m) of every front of the elimination, from the last layer to the first; the input's is the last, with m = 0."""
-    felt: set[Pair] = {(i, j) for i in b.out for j in b.out}
-    shapes = []
-    for k in reversed(range(len(b.places))):
-        sources = sorted(set(b.rows[k]) | {j for i, j in felt if i == k and j < k})
-        felt |= {(i, j) for i in sources for j in sources}
-        shapes.append((b.sizes[k], sum(b.sizes[j] for j in sources)))
-    return [*shapes, (b.sizes[-1], 0)]
-
-
-def flops(b: Blocks) -> float:
-    """Floating-point operations of the proof by fronts."""
-    return sum((n + m) ** 3 / 3 + n**3 / 3 + n * m * (n + 2 * m) for n, m in fronts(b))
-
-
-def prove_rho(form: Form, b: Blocks, t: Tensor) -> float:
-    """A rho for which Z(rho, t) >= 0 is proved, a little above the least there is.
-
-    Args:
-        form: the feedback form.
-        b: its blocks.
-        t: multipliers, (n,), finite and not negative.
-    Raises:
-        NotCertified: a front's pivot is not provably positive definite.
-    """
-    s: dict[Pair, Enclosed] = {}
-    for i, left in b.out.items():
-        for j, right in b.out.items():
-            if j <= i:
-                s[i, j] = _product(left, None, right)
-    for k in reversed(range(len(b.places))):
-        here = b.places[k]
-        alpha, beta, tk = form.alpha[here], form.beta[here], t[here]
-        pivot = _pivot(tk, s.get((k, k)))
-        sources = sorted({*b.rows[k], *(j for i, j in s if i == k and j < k)})
-        bends = bool((tk * alpha * beta).any())
-        if sources == [-1] and not bends and (k, -1) not in s and (-1, -1) not in s and b.sizes[-1] >= b.sizes[k] and k == 0:
-            return _behind_inputs(pivot, tk * (alpha + beta), b.rows[k][-1])
-        coupling = tk * (alpha + beta)
-        crosses = [_cross(coupling, b.rows[k].get(j), s.get((k, j))) for j in sources]
-        if not sources:
-            none = Enclosed(pivot.center.new_zeros(b.sizes[k], 0))
-            front(pivot[None], none[None])
-            continue
-        u = front(pivot[None], _beside(crosses)[None])[0]
-        ends = [0, *accumulate(b.sizes[j] for j in sources)]
-        for column, j in enumerate(sources):
-            for row, i in enumerate(sources):
-                if j > i:
-                    continue
-                part = Enclosed(u[ends[row] : ends[row + 1], ends[column] : ends[column + 1]])
-                s[i, j] = _plus(s.get((i, j)), part)
-                if bends and i in b.rows[k] and j in b.rows[k]:
-                    curve = 2 * tk * alpha * beta
-                    s[i, j] = _plus(s[i, j], _product(b.rows[k][i], -curve, b.rows[k][j]))
-    return largest_eigenvalue(s[-1, -1]) if (-1, -1) in s else 0.0
-
-
-def _pivot(t: Tensor, s: Enclosed | None) -> Enclosed:
-    # 2 t is exact; the difference rounds once.
-    if s is None:
-        return Enclosed(torch.diag(2 * t))
-    center = torch.diag(2 * t) - s.center
-    radius = 2 * UNIT * torch.diag(center.diagonal().abs())
-    return Enclosed(center, radius if s.radius is None else (radius + s.radius) * (1 + 4 * UNIT))
-
-
-def _cross(coupling: Tensor, q: Enclosed | None, s: Enclosed | None) -> Enclosed:
-    """-(coupling Q + S): alpha + beta, its product with t, that with Q, and the sum: four roundings."""
-    if q is None:
-        assert s is not None
-        return Enclosed(-s.center, s.radius)
-    product = coupling[:, None] * q.center
-    radius = gamma(4) * product.abs() + 2 * TINY * (1 + float(q.center.abs().max()))
-    if q.radius is not None:
-        radius += coupling.abs()[:, None] * q.radius * (1 + 8 * UNIT)
-    if s is not None:
-        product = product + s.center
-        radius += 2 * UNIT * product.abs()
-        if s.radius is not None:
-            radius += s.radius
-    return Enclosed(-product, radius * (1 + 8 * UNIT))
-
-
-def _product(left: Enclosed, weights: Tensor | None, right: Enclosed) -> Enclosed:
-    """left' diag(weights) right; the weights, 2 t alpha beta, carry two roundings."""
-    height = left.center.shape[0]
-    a, b = left.magnitude(), right.magnitude()
-    if weights is None:
-        center, scaled = left.center.T @ right.center, b
-    else:
-        center, scaled = left.center.T @ (weights[:, None] * right.center), weights.abs()[:, None] * b
-    radius = gamma(height + 6) * (a.T @ scaled)
-    if left.radius is not None:
-        radius += left.radius.T @ scaled
-    if right.radius is not None:
-        radius += a.T @ (right.radius if weights is None else weights.abs()[:, None] * right.radius)
-    # A product below the normal range loses less than TINY before it is multiplied by an entry of `left`.
-    lost = 8 * height * TINY * (1 + float(a.max())) * (1 + float(b.max()))
-    return Enclosed(center, radius * (1 + 4 * gamma(height + 8)) + lost)
-
-
-def _plus(a: Enclosed | None, b: Enclosed) -> Enclosed:
-    if a is None:
-        return b
-    center = a.center + b.center
-    radius = 2 * UNIT * center.abs()
-    for part in (a.radius, b.radius):
-        if part is not None:
-            radius += part
-    return Enclosed(center, radius * (1 + 4 * UNIT))
-
-
-def _beside(parts: list[Enclosed]) -> Enclosed:
-    center = torch.cat([p.center for p in parts], 1)
-    if all(p.radius is None for p in parts):
-        return Enclosed(center)
-    return Enclosed(center, torch.cat([torch.zeros_like(p.center) if p.radius is None else p.radius for p in parts], 1))
-
-
-def _behind_inputs(pivot: Enclosed, coupling: Tensor, a: Enclosed) -> float:
-    """The least provable rho with P - G / rho >= 0, G = (T A)(T A)': the inputs, whose block is rho I, go first."""
-    gram = _product(a.mT, None, a.mT)
-    assert gram.radius is not None
-    scale = coupling.abs()
-    center = coupling[:, None] * gram.center * coupling
-    center = torch.tril(center) + torch.tril(center, -1).T
-    # coupling carries two roundings, and enters twice.
-    radius = scale[:, None] * (gram.radius + gamma(8) * gram.center.abs()) * scale * (1 + 16 * UNIT)
-    return largest_eigenvalue(Enclosed(center, radius + 4 * TINY * (1 + float(scale.max())) ** 2), pivot)
+    def _square(self, z: Elimination, place: dict[int, int], row: dict[int, Enclosed], weights: Enclosed | None) -> None:
+        """Add row' diag(weights) row; less row' row where there are none."""
+        for i, left in row.items():
+            scaled = -left if weights is None else left * weights
+            for j, right in row.items():
+                if place[i] <= place[j]:
+                    z.add(place[i], place[j], (scaled.mT @ right)[None])

@@ -1,17 +1,19 @@
 """Fronts: the pieces into which a block-structured matrix inequality is split, each proved positive semidefinite by itself.
 
-A symmetric matrix with a chordal block pattern is positive semidefinite iff it is a sum of positive semidefinite
+A Hermitian matrix with a chordal block pattern is positive semidefinite iff it is a sum of positive semidefinite
 matrices, one on each clique (Agler, Helton, McCullough, Rodman 1988). Block elimination writes the sum down: with
 
-    front = [[P, X], [X', U]] >= 0,      Z = front + (Z - front),
+    front = [[P, X], [X*, U]] >= 0,      Z = front + (Z - front),
 
 the rest Z - front lives on the variables that are left, where U has been *added* to what is subtracted from the
 diagonal. Any U will do for which the front is proved, so that nothing of one front's rounding enters the next: U is a
-floating-point matrix and exact by definition. The least is X' P^-1 X; what `front` returns exceeds it by the shift of
+floating-point matrix and exact by definition. The least is X* P^-1 X; what `front` returns exceeds it by the shift of
 the proof (Rump 2006), about n^2 u relative to the pivot.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,49 +34,58 @@ def real(z: Tensor) -> Tensor:
     return torch.cat([torch.cat([z.real, -z.imag], -1), torch.cat([z.imag, z.real], -1)], -2)
 
 
+def hermitian(matrix: Enclosed) -> Enclosed:
+    """The same Hermitian matrices by their lower triangles, centers exactly Hermitian; both triangles' radii count."""
+    center = torch.tril(matrix.center) + torch.tril(matrix.center, -1).mH
+    if center.is_complex():
+        center.diagonal(dim1=-2, dim2=-1).imag.zero_()
+    return Enclosed(center, None if matrix.radius is None else torch.maximum(matrix.radius, matrix.radius.mT))
+
+
 def front(pivot: Enclosed, cross: Enclosed) -> Tensor:
-    """U for which [[P, X], [X', U]] >= 0 is proved for every symmetric P and every X within their radii.
+    """U for which [[P, X], [X*, U]] >= 0 is proved for every Hermitian P and every X within their radii.
 
     Args:
-        pivot: P, (F, n, n), center and radius symmetric.
-        cross: X, (F, n, m).
+        pivot: P, (F, n, n), center and radius Hermitian.
+        cross: X, (F, n, m), real or complex as P.
     Returns:
-        (F, m, m) float64, exactly symmetric, a little above X' P^-1 X.
+        (F, m, m), exactly Hermitian, a little above X* P^-1 X.
     Raises:
         NotCertified: a pivot is not provably positive definite; the multipliers lie outside the cone or on its boundary.
     """
     p, x = pivot.center, cross.center
     n, m = x.shape[-2:]
     if m == 0:
-        empty = p.new_zeros(len(p), 0, 0)
+        empty = x.new_zeros(len(p), 0, 0)
         if not bool(_proves(pivot, cross, empty).all()):
             raise NotCertified("the pivot of a front is not provably positive definite.")
         return empty
-    s = _roots(p.diagonal(dim1=-2, dim2=-1))
+    s = _roots(p.diagonal(dim1=-2, dim2=-1).real)
     scaled, columns = p * s[:, :, None] * s[:, None, :], s[:, :, None] * x
     # What the test of the whole front gives away: after scaling its diagonal is below 2.
-    least = 4 * gamma(n + m + 4) * (n + m) * (1 + 2.0**-20)
+    order = (n + m) * (2 if x.is_complex() else 1)
+    least = 4 * gamma(order + 4) * order * (1 + 2.0**-20)
     moved = torch.zeros_like(s) if pivot.radius is None else s * _times(pivot.radius, s)
-    felt = x.new_zeros(len(p), m) if cross.radius is None else _times(cross.radius.mT, s)
+    reached = torch.zeros(len(p), m, dtype=s.dtype, device=s.device) if cross.radius is None else _times(cross.radius.mT, s)
     shift = 2 * (least + moved.amax(-1))
     proved = torch.zeros(len(p), dtype=torch.bool, device=p.device)
-    result = p.new_zeros(len(p), m, m)
+    result = x.new_zeros(len(p), m, m)
     for _ in range(_TRIES):
         u, formed = _schur(scaled, columns, shift)
-        size = torch.maximum(u.diagonal(dim1=-2, dim2=-1), (felt * _THIN) ** 2)
+        size = torch.maximum(u.diagonal(dim1=-2, dim2=-1).real, (reached * _THIN) ** 2)
         size = torch.maximum(size, 2.0**-200 * size.amax(-1, keepdim=True)).clamp_min(TINY * 2.0**60)
         r = _roots(size)
         if cross.radius is not None:
-            slack = torch.maximum((moved + s * _times(cross.radius, r)).amax(-1), (r * felt).amax(-1))
+            slack = torch.maximum((moved + s * _times(cross.radius, r)).amax(-1), (r * reached).amax(-1))
             asked = torch.maximum(shift, 2 * (least + slack))
             if bool((asked > shift).any()):
                 shift = asked
                 u, formed = _schur(scaled, columns, shift)
         u.diagonal(dim1=-2, dim2=-1).add_(shift[:, None] / (r * r))
-        u = torch.tril(u) + torch.tril(u, -1).mT
+        u = hermitian(Enclosed(u)).center
         candidates = formed & ~proved & u.isfinite().all(-1).all(-1)
         chosen = candidates.nonzero()[:, 0]
-        chosen = chosen[_proves(pivot[chosen], cross[chosen], u[chosen])]
+        chosen = chosen[_proves(pivot.at(chosen), cross.at(chosen), u[chosen])]
         result[chosen] = u[chosen]
         proved[chosen] = True
         if bool(proved.all()):
@@ -85,18 +96,18 @@ def front(pivot: Enclosed, cross: Enclosed) -> Tensor:
 
 
 def _schur(pivot: Tensor, cross: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """X' (P - c)^-1 X, and whether P - c > 0: with it in place of X' P^-1 X, c can be taken off the pivot's diagonal."""
+    """X* (P - c)^-1 X, and whether P - c > 0: with it in place of X* P^-1 X, c can be taken off the pivot's diagonal."""
     lowered = pivot.clone()
     lowered.diagonal(dim1=-2, dim2=-1).sub_(shift[:, None])
     factor, info = torch.linalg.cholesky_ex(lowered)
     half = torch.linalg.solve_triangular(factor, cross, upper=False)
-    return half.mT @ half, info == 0
+    return half.mH @ half, info == 0
 
 
 def _proves(pivot: Enclosed, cross: Enclosed, u: Tensor) -> Tensor:
     """Whether each front is positive semidefinite throughout the radii, (F,) of bool."""
     n = pivot.center.shape[-1]
-    matrix = torch.cat([torch.cat([pivot.center, cross.center], -1), torch.cat([cross.center.mT, u], -1)], -2)
+    matrix = torch.cat([torch.cat([pivot.center, cross.center], -1), torch.cat([cross.center.mH, u], -1)], -2)
 
     def radius(v: Tensor) -> Tensor:
         out = torch.zeros_like(v)
@@ -107,28 +118,45 @@ def _proves(pivot: Enclosed, cross: Enclosed, u: Tensor) -> Tensor:
             out[:, n:] += _times(cross.radius.mT, v[:, :n])
         return out * (1 + 4 * UNIT)
 
-    return prove_positive_definite(matrix, radius)
+    return _definite(matrix, radius)
+
+
+def _definite(matrix: Tensor, radius: Callable[[Tensor], Tensor]) -> Tensor:
+    """Whether the matrices (F, n, n), real or complex, are proved positive semidefinite throughout R, given as v -> R v."""
+    if not matrix.is_complex():
+        return prove_positive_definite(matrix, radius)
+    n = matrix.shape[-1]
+
+    def of_both(v: Tensor) -> Tensor:
+        """Real and imaginary parts of an entry are each within its radius: [[R, R], [R, R]]."""
+        out = radius(v[:, :n] + v[:, n:]) * (1 + 2 * UNIT)
+        return torch.cat([out, out], -1)
+
+    return prove_positive_definite(real(matrix), of_both)
 
 
 def largest_eigenvalue(matrix: Enclosed, pivot: Enclosed | None = None) -> float:
-    """A proved rho >= 0 with rho P - S >= 0 for every symmetric P and S within their radii, close to the least one.
+    """A proved rho >= 0 with rho P - S >= 0 for every Hermitian P and S within their radii, close to the least one.
 
     Args:
-        matrix: S, (n, n), center and radius symmetric.
-        pivot: P, (n, n), likewise; None for the identity.
+        matrix: S, (F, n, n), center and radius Hermitian.
+        pivot: P, (F, n, n), likewise; None for the identity.
     Raises:
         NotCertified: the pivot is not provably positive definite, or the matrix is not finite.
     """
-    s = matrix.center
-    p = torch.eye(len(s), dtype=s.dtype, device=s.device) if pivot is None else pivot.center
-    factor, info = torch.linalg.cholesky_ex(p)
-    half = torch.linalg.solve_triangular(factor, s, upper=False)
-    congruent = torch.linalg.solve_triangular(factor, half.mT, upper=False)
-    if int(info) != 0 or not bool(congruent.isfinite().all()):
+    s, n = matrix.center, matrix.center.shape[-1]
+    p = torch.eye(n, dtype=s.dtype, device=s.device)[None] if pivot is None else pivot.center
+    congruent = s
+    if pivot is not None:
+        factor, info = torch.linalg.cholesky_ex(p)
+        half = torch.linalg.solve_triangular(factor, s, upper=False)
+        congruent = torch.linalg.solve_triangular(factor, half.mH, upper=False)
+        congruent = congruent if not bool(info.any()) else congruent * torch.nan
+    if not bool(congruent.isfinite().all()):
         raise NotCertified("the last front's pivot is not provably positive definite.")
-    value = max(float(torch.linalg.eigvalsh(congruent)[-1]), TINY * 2.0**60) if len(s) else TINY
-    spread = 0.0 if matrix.radius is None else float(matrix.radius.sum(-1).max()) / value
-    inflation = 16 * max(len(s), 1) ** 2 * UNIT + (2 * spread if pivot is None else 0.0)
+    value = max(float(torch.linalg.eigvalsh(congruent).max()), TINY * 2.0**60) if n else TINY
+    spread = 0.0 if matrix.radius is None or not n else float(matrix.radius.sum(-1).max()) / value
+    inflation = 16 * max(n, 1) ** 2 * UNIT + (2 * spread if pivot is None else 0.0)
     for _ in range(_TRIES):
         rho = up(value * (1 + inflation))
         if _reaches(matrix, p, None if pivot is None else pivot.radius, rho):
@@ -143,14 +171,14 @@ def _reaches(matrix: Enclosed, pivot: Tensor, pivot_radius: Tensor | None, rho: 
     rounded = 3 * UNIT * (scaled.abs() + matrix.center.abs()) + TINY
 
     def radius(v: Tensor) -> Tensor:
-        total = _times(rounded, v[0])
+        total = _times(rounded, v)
         if matrix.radius is not None:
-            total = total + _times(matrix.radius, v[0])
+            total = total + _times(matrix.radius, v)
         if pivot_radius is not None:
-            total = total + rho * _times(pivot_radius, v[0])
-        return (total * (1 + 8 * UNIT))[None]
+            total = total + rho * _times(pivot_radius, v)
+        return total * (1 + 8 * UNIT)
 
-    return bool(prove_positive_definite((scaled - matrix.center)[None], radius)[0])
+    return bool(_definite(scaled - matrix.center, radius).all())
 
 
 def _roots(diagonal: Tensor) -> Tensor:

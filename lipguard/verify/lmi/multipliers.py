@@ -29,7 +29,7 @@ from lipguard.errors import NotCertified
 from lipguard.network import Network
 from lipguard.rounding import UNIT, sqrt_up, up
 from lipguard.verify.lmi.batched import Inequality
-from lipguard.verify.lmi.elimination import blocks, flops, prove_rho
+from lipguard.verify.lmi.elimination import LayerBlocks
 from lipguard.verify.lmi.form import Form, feedback_form
 from lipguard.verify.norms.matrix_norm import frobenius_bound
 from lipguard.verify.rewriting import tie, with_tied_neurons
@@ -84,15 +84,15 @@ def _ways(form: Form, t: Tensor, rho: float) -> list[Callable[[], float]]:
         ways.append((order**3 / 3, lambda: _dense_rho(form, t, rho)))
     # An implicit layer is proved in one matrix with all others: the fronts know no layer that responds to itself.
     if form.neurons and not any(block.rows == block.columns for block in form.q_blocks):
-        backwards = blocks(form)
+        backwards = LayerBlocks.of(form)
         forwards = backwards.transposed()
         # The multipliers of J' are rho / (t (beta - alpha)^2) where both inequalities hold; any positive ones may be tried.
         mirrored = (rho / (t * (form.beta - form.alpha) ** 2)).nan_to_num(0.0, 0.0)
         # Of two orders the one that ends at fewer coordinates is the one in which the multipliers were found.
         late = backwards.outputs < backwards.sizes[-1]
         for b, multipliers, second in ((backwards, t, late), (forwards, mirrored, not late)):
-            cost = flops(b) + _OVERHEAD * len(b.places)
-            ways.append((cost * (1 + second), lambda b=b, m=multipliers: prove_rho(form, b, m)))
+            cost = b.flops() + _OVERHEAD * len(b.places)
+            ways.append((cost * (1 + second), lambda b=b, m=multipliers: b.elimination(form, m).least_rho()))
     return [way for _, way in sorted(ways, key=lambda pair: pair[0])]
 
 

@@ -8,20 +8,22 @@ is known to hold zero. Blocks are the unitary transforms of the matrices of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lipguard.errors import NotCertified
-from lipguard.network import Activation, Affine, Conv, Input, Network, Sum
+from lipguard.network import Activation, Affine, Conv, Input, Network, Operator, Sum
 from lipguard.network.images import Shape, as_convolution, shapes
-from lipguard.rounding import UNIT, gamma
-from lipguard.verify.torus.transforms import Blocks, Known, Torus, add, exact, finer, grid, spectrum, transform
+from lipguard.verify.enclosed import Enclosed
+from lipguard.verify.lmi.form import widened
+from lipguard.verify.torus.frequencies import Counts, finer, fold
+from lipguard.verify.torus.transforms import Grid, exact, spectrum, transform
 
-_THINNEST = 1e-6
-"""A slope interval thinner than this is widened to it: a superset."""
+_Value = dict[int, Enclosed]
+"""A value as a linear map of variables: by the node of each, (F, components, components of it), one radius for all F."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +32,16 @@ class Variable:
 
     Attributes:
         node: the node whose value it is.
-        blocks: its number of blocks.
+        counts: its number of blocks, hence of frequencies, along each axis.
         components: at one frequency.
         reads: for a layer what it is applied to, for the output its value, by the node of each variable that is read, at
             the frequencies of the finer of the two.
     """
 
     node: int
-    blocks: Blocks
+    counts: Counts
     components: int
-    reads: Mapping[int, Known]
+    reads: Mapping[int, Enclosed]
 
 
 class TorusForm:
@@ -76,22 +78,22 @@ class TorusForm:
             self.forward = math.prod(sides[0]) >= math.prod(sides[last])
         else:
             self.forward = ends == [0]
-        self.blocks = self._find_blocks()
+        self.counts = self._find_counts()
         self.widths: dict[int, Tensor] = {}
-        self._values: dict[int, dict[int, Known]] = {}
+        self._values: dict[int, _Value] = {}
         self.layers: dict[int, Variable] = {}
-        self.input = Variable(0, self._blocks(0), self._components(0), {})
+        self.input = Variable(0, self._counts(0), self._components(0), {})
         self._build()
-        self.output = Variable(len(network.nodes), self._blocks(last), self._components(last), self._value(last))
+        self.output = Variable(len(network.nodes), self._counts(last), self._components(last), self._value(last))
 
-    def _blocks(self, i: int) -> Blocks:
-        return self.blocks.get(i, ())
+    def _counts(self, i: int) -> Counts:
+        return self.counts.get(i, ())
 
     def _components(self, i: int) -> int:
         shape = self.shapes[i]
         if i not in self.images or shape is None:
             return self.network.sizes[i]
-        return shape[0] * math.prod(self.sides[i]) // math.prod(self.blocks[i])
+        return shape[0] * math.prod(self.sides[i]) // math.prod(self.counts[i])
 
     def _edges(self) -> dict[int, Conv | None]:
         """Every affine node that leads to an image; None from a vector. Lengths of the tori are checked along all of them."""
@@ -148,43 +150,40 @@ class TorusForm:
                 needed.add(node.source)
         return frozenset(needed)
 
-    def _find_blocks(self) -> dict[int, Blocks]:
-        divisor: Blocks | None = None
-        blocks = {}
+    def _find_counts(self) -> dict[int, Counts]:
+        divisor: Counts | None = None
+        counts = {}
         for i in sorted(self.images, reverse=not self.forward):
             side = self.sides[i]
             divisor = side if divisor is None else tuple(math.gcd(a, b) for a, b in zip(divisor, side, strict=True))
-            blocks[i] = divisor
-        return blocks
+            counts[i] = divisor
+        return counts
 
     def _build(self) -> None:
+        """All layers, in the order of their nodes."""
         for i, node in enumerate(self.network.nodes):
-            if not isinstance(node, Activation) and i not in self.masked:
-                continue
+            shape = self.shapes[i] if i in self.images else None
             if isinstance(node, Activation):
                 alpha, beta = self._slopes(i, node)
-                applied = self._moved(self._value(node.source), node.source, i) if i in self.images else self._value(node.source)
+                value = self._value(node.source)
+                applied = value if shape is None else self._moved(value, node.source, i)
+            elif i not in self.masked:
+                continue
+            elif shape is None or isinstance(node, Input):
+                raise NotCertified(f"node {i} is masked, but no image on a torus.")
             else:
-                if i not in self.images or isinstance(node, Input):
-                    raise NotCertified(f"node {i} is masked, but no image on a torus.")
-                shape = self.shapes[i]
-                assert shape is not None
                 alpha = torch.zeros(shape[0], dtype=torch.float64, device=self.network.device)
                 beta, applied = alpha + 1, self._linear(i)
             # Upwards: [alpha, alpha + width] contains [alpha, beta].
             width = torch.nextafter(beta - alpha, torch.full_like(alpha, math.inf))
             self.widths[i] = width
             components = self._components(i)
-            self.layers[i] = Variable(i, self._blocks(i), components, applied)
+            self.layers[i] = Variable(i, self._counts(i), components, applied)
             places = components // len(alpha)
             # w = alpha p + width u
-            own = torch.diag(width.repeat(places))[None]
-            value = {i: Known(own.expand(math.prod(self._blocks(i)), -1, -1), own[0], 0.0)}
+            self._values[i] = {i: self._all(torch.diag(width.repeat(places)), i)}
             if bool(alpha.any()):
-                factor = alpha.repeat(places)[:, None]
-                for s, known in applied.items():
-                    value[s] = Known(factor * known.center, factor.abs() * known.size * (1 + 4 * UNIT), known.error + 8 * UNIT)
-            self._values[i] = value
+                self._values[i] |= {s: known * alpha.repeat(places)[:, None] for s, known in applied.items()}
 
     def _slopes(self, i: int, node: Activation) -> tuple[Tensor, Tensor]:
         alpha, beta = (s.to(self.network.device, torch.float64).expand(self.network.sizes[i]) for s in node.function.slopes)
@@ -194,130 +193,98 @@ class TorusForm:
             if i in self.needed:
                 # zero outside the window, and the function inside it
                 alpha, beta = alpha.clamp_max(0), beta.clamp_min(0)
-        thin = (beta - alpha) < _THINNEST
-        return torch.where(thin, alpha - _THINNEST / 2, alpha), torch.where(thin, beta + _THINNEST / 2, beta)
+        return widened(alpha, beta)
 
-    def _value(self, i: int) -> dict[int, Known]:
+    def _all(self, matrix: Tensor, i: int) -> Enclosed:
+        """One exact matrix at all frequencies of node i."""
+        return Enclosed(matrix.expand(math.prod(self._counts(i)), -1, -1)).shared
+
+    def _value(self, i: int) -> _Value:
         """A node's value in terms of input and layers."""
-        if i in self._values:
-            return self._values[i]
-        if i == 0:
-            eye = torch.eye(self._components(0), dtype=torch.float64, device=self.network.device)
-            value = {0: Known(eye.expand(math.prod(self._blocks(0)), -1, -1), eye, 0.0)}
-        elif i not in self.images:
-            value = self._vector(i, torch.eye(self.network.sizes[i], dtype=torch.float64, device=self.network.device))
-        else:
-            value = self._linear(i)
-        self._values[i] = value
-        return value
+        if i not in self._values:
+            eye = torch.eye(self._components(i), dtype=torch.float64, device=self.network.device)
+            if i == 0:
+                self._values[i] = {0: self._all(eye, 0)}
+            else:
+                self._values[i] = self._linear(i) if i in self.images else self._vector(i, eye)
+        return self._values[i]
 
-    def _linear(self, i: int) -> dict[int, Known]:
+    def _linear(self, i: int) -> _Value:
         """The value of an affine node or sum that is an image, before any mask."""
-        node = self.network.nodes[i]
-        if isinstance(node, Sum):
-            total: dict[int, Known] = {}
-            for source in node.sources:
-                for s, known in self._moved(self._value(source), source, i).items():
-                    total[s] = add(total[s], known) if s in total else known
-            return total
-        if not isinstance(node, Affine):
-            raise NotCertified(f"node {i} is an image that no layer computes.")
-        conv = self.convs[i]
-        if conv is None:
-            parts = self._vector(node.source, node.operator.dense(), images=False)
-            turned = {
-                s: spectrum(known.center[0].T, known.size.T, known.error, self._image(i), self._torus(i))
-                for s, known in parts.items()
-            }
-            return {s: Known(known.center.mH, known.size.T, known.error) for s, known in turned.items()}
-        small, large = (node.source, i) if conv.transposed else (i, node.source)
-        matrix = transform(conv, self._torus(small), self._torus(large))
-        if conv.transposed:
-            matrix = Known(matrix.center.mH, matrix.size.T, matrix.error)
-        return self._product(matrix, node.source, i, self._value(node.source))
 
-    def _moved(self, value: dict[int, Known], source: int, i: int) -> dict[int, Known]:
+        def through(source: int, operator: Operator, bias: Tensor | None) -> _Value:
+            del bias
+            conv = self.convs[i]
+            if conv is None:
+                parts = self._vector(source, operator.dense(), images=False)
+                return {s: spectrum(known.at(0).mT, self._image(i), self._torus(i)).mH for s, known in parts.items()}
+            small, large = (source, i) if conv.transposed else (i, source)
+            matrix = transform(conv, self._torus(small), self._torus(large))
+            return self._product(matrix.mH if conv.transposed else matrix, source, i, self._value(source))
+
+        def total(sources: Sequence[int]) -> _Value:
+            found: _Value = {}
+            for source in sources:
+                _add(found, self._moved(self._value(source), source, i))
+            return found
+
+        try:
+            node = self.network.nodes[i]
+            return node.linear(node.sources, through, total)
+        except TypeError as error:
+            raise NotCertified(f"node {i} is an image that no layer computes.") from error
+
+    def _moved(self, value: _Value, source: int, i: int) -> _Value:
         """The same value by the components of another node on the same torus."""
-        if source not in self.images or self.blocks[source] == self.blocks[i]:
+        if source not in self.images or self.counts[source] == self.counts[i]:
             return value
-        shape = self.shapes[i]
-        assert shape is not None
+        shape = self._image(i)
         one, zero = (1,) * len(shape[1:]), (0,) * len(shape[1:])
         weight = torch.ones(shape[0], 1, *one, dtype=torch.float64, device=self.network.device)
         identity = Conv(weight, shape[1:], shape[1:], one, zero, one, shape[0])
         return self._product(transform(identity, self._torus(i), self._torus(source)), source, i, value)
 
-    def _product(self, matrix: Known, middle: int, i: int, value: dict[int, Known]) -> dict[int, Known]:
+    def _product(self, matrix: Enclosed, middle: int, i: int, value: _Value) -> _Value:
+        """matrix, of node i by node `middle`, times the latter's value, at the frequencies of the finest of the three."""
+        first = finer(self._counts(middle), self._counts(i))
         result = {}
-        first = finer(self._blocks(middle), self._blocks(i))
         for s, known in value.items():
-            second = finer(self._blocks(middle), self._blocks(s))
+            second = finer(self._counts(middle), self._counts(s))
             finest = finer(first, second)
-            left, right = matrix.center[self.fold(finest, first)], known.center[self.fold(finest, second)]
-            count = left.shape[2]
-            error = (matrix.error + known.error + matrix.error * known.error) * (1 + 8 * UNIT) + 4 * gamma(count + 8)
-            size = (matrix.size @ known.size) * (1 + 2 * gamma(count + 8))
-            result[s] = Known(left @ right.to(left.dtype), size, error)
+            left, right = (m.at(fold(finest, own, self.network.device)) for m, own in ((matrix, first), (known, second)))
+            result[s] = left @ right.to(left.center.dtype)
         return result
 
-    def _vector(self, i: int, rows: Tensor, images: bool = True) -> dict[int, Known]:
+    def _vector(self, i: int, rows: Tensor, images: bool = True) -> _Value:
         """rows times the value of node i, a vector: the layers in front of it are followed back through linear maps."""
-        waiting = {i: Known(rows[None], rows.abs(), 0.0)}
-        result: dict[int, Known] = {}
+        waiting: _Value = {i: Enclosed(rows[None]).shared}
+        result: _Value = {}
         for j in range(i, -1, -1):
             if j not in waiting:
                 continue
             node, known = self.network.nodes[j], waiting.pop(j)
-            if isinstance(node, Input | Activation):
-                if j not in self.images:
-                    result.update(self._through(known, self._value(j), result))
-                    continue
-                if not images:
-                    raise NotCertified(f"node {i}: an image is computed from a vector that was computed from images.")
-                part = spectrum(known.center[0], known.size, known.error, self._image(j), self._torus(j))
-                for s, one in self._product(part, j, i, self._value(j)).items():
-                    result[s] = add(result[s], one) if s in result else one
-                continue
             if isinstance(node, Affine):
-                count = node.operator.shape[0] + 2
-                size = node.operator.abs().transpose()(known.size) * (1 + 2 * gamma(count))
-                center = node.operator.transpose()(known.center)
-                known = Known(center, size, known.error * (1 + 8 * UNIT) + 2 * gamma(count))
-            for s in node.sources:
-                waiting[s] = add(waiting[s], known) if s in waiting else known
+                _add(waiting, {node.source: known.through(node.operator.transpose())})
+            elif isinstance(node, Sum):
+                for source in node.sources:
+                    _add(waiting, {source: known})
+            elif j not in self.images:
+                _add(result, {s: known.to(part.center.dtype) @ part for s, part in self._value(j).items()})
+            elif images:
+                _add(result, self._product(spectrum(known.at(0), self._image(j), self._torus(j)), j, i, self._value(j)))
+            else:
+                raise NotCertified(f"node {i}: an image is computed from a vector that was computed from images.")
         return result
 
-    def _through(self, known: Known, value: dict[int, Known], result: dict[int, Known]) -> dict[int, Known]:
-        """rows times a vector activation's value, added to what there is."""
-        found = {}
-        for s, part in value.items():
-            count = known.center.shape[2] + 4
-            error = (known.error + part.error + known.error * part.error) * (1 + 8 * UNIT) + 4 * gamma(count)
-            center = known.center.to(part.center.dtype) @ part.center
-            one = Known(center, (known.size @ part.size) * (1 + 2 * gamma(count)), error)
-            found[s] = add(result[s], one) if s in result else one
-        return found
-
-    def fold(self, fine: Blocks, coarse: Blocks) -> Tensor:
-        """The index of every frequency's remainder on coarser blocks, both in row-major order of all frequencies."""
-        index = torch.zeros(math.prod(fine), dtype=torch.int64, device=self.network.device)
-        if not coarse:
-            return index
-        for numbers, m in zip(grid(fine, index.device).T, coarse, strict=True):
-            index = index * m + numbers % m
-        return index
-
-    def mirror(self, blocks: Blocks) -> Tensor:
-        """The index of -f for every frequency f."""
-        index = torch.zeros(math.prod(blocks), dtype=torch.int64, device=self.network.device)
-        for numbers, m in zip(grid(blocks, index.device).T, blocks, strict=True):
-            index = index * m + (-numbers) % m
-        return index
-
-    def _torus(self, i: int) -> Torus:
-        return self.sides[i], self.blocks[i]
+    def _torus(self, i: int) -> Grid:
+        return self.sides[i], self.counts[i]
 
     def _image(self, i: int) -> Shape:
         shape = self.shapes[i]
         assert shape is not None
         return shape
+
+
+def _add(total: _Value, more: _Value) -> None:
+    for s, known in more.items():
+        total[s] = total[s] + known if s in total else known

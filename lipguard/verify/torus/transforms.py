@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from itertools import product
 
 import torch
@@ -12,33 +11,17 @@ from torch import Tensor
 from lipguard.network import Conv
 from lipguard.network.images import Shape
 from lipguard.rounding import UNIT, gamma
+from lipguard.verify.enclosed import Enclosed
+from lipguard.verify.torus.frequencies import Counts, finer, grid
 
-Blocks = tuple[int, ...]
-"""Number of blocks of a torus along each axis; () for a vector."""
-
-Torus = tuple[tuple[int, ...], Blocks]
-"""Length along each axis, and number of blocks."""
+Grid = tuple[tuple[int, ...], Counts]
+"""A torus: its length along each axis, and its number of blocks."""
 
 _PHASE = 64 * UNIT
 """Error of a computed exp(i a): the angle, below 2 pi, is wrong by 4 units of it, its sine and cosine by a few more each."""
 
 
-@dataclass(frozen=True)
-class Known:
-    """A matrix for each of some frequencies: |true - center| <= error * size entrywise, |true| and |center| <= size.
-
-    Attributes:
-        center: (F, rows, columns), complex, or real where both sides are vectors.
-        size: (rows, columns), the same for all frequencies.
-        error: relative to `size`.
-    """
-
-    center: Tensor
-    size: Tensor
-    error: float
-
-
-def transform(conv: Conv, small: Torus, large: Torus) -> Known:
+def transform(conv: Conv, small: Grid, large: Grid) -> Enclosed:
     """The matrix of a convolution on its tori, large to small, between unitary transforms by blocks.
 
     Along each axis and for each tap the matrix has a one where the small side's place i reads the large side's place r; its
@@ -71,7 +54,7 @@ def transform(conv: Conv, small: Torus, large: Torus) -> Known:
     return _with_kernel(conv, centers, sizes, 2 * _PHASE + 4 * gamma(longest + 8))
 
 
-def _with_kernel(conv: Conv, centers: list[list[Tensor]], sizes: list[list[Tensor]], error: float) -> Known:
+def _with_kernel(conv: Conv, centers: list[list[Tensor]], sizes: list[list[Tensor]], error: float) -> Enclosed:
     """sum over taps of the product of the axes' transforms and the kernel's matrix."""
     weight = conv.weight.detach().to(torch.float64)
     few, many = conv.channels
@@ -93,14 +76,15 @@ def _with_kernel(conv: Conv, centers: list[list[Tensor]], sizes: list[list[Tenso
     dims = len(centers)
     count = math.prod(weight.shape[2:]) + 4 * dims + 8
     total = dims * error * (1 + 1e-6) + 4 * gamma(count)
+    # `size` bounds the sum of absolute values, of which each transform and the sum lose their share.
     bound = size.flatten(2).flatten(0, 1) * (1 + 2 * gamma(count) + dims * error)
-    return Known(center.flatten(3).flatten(1, 2), bound, total)
+    return Enclosed(center.flatten(3).flatten(1, 2), bound * total)
 
 
-def spectrum(rows: Tensor, size: Tensor, error: float, shape: Shape, torus: Torus) -> Known:
+def spectrum(rows: Enclosed, shape: Shape, torus: Grid) -> Enclosed:
     """Rows over the window of an image, as rows over its components: (1 / sqrt(blocks)) sum over q of exp(2 pi i f q / b)."""
     side, blocks = torus
-    count, dims = len(rows), len(side)
+    count, dims, device = len(rows.center), len(side), rows.center.device
 
     def spread(values: Tensor) -> Tensor:
         full = values.new_zeros(count, shape[0], *side)
@@ -108,35 +92,21 @@ def spectrum(rows: Tensor, size: Tensor, error: float, shape: Shape, torus: Toru
         parts = [n for b, m in zip(blocks, side, strict=True) for n in (b, m // b)]
         return full.reshape(count, shape[0], *parts)
 
-    waves, mass = spread(rows).to(torch.complex128), spread(size)
+    waves, mass, moved = spread(rows.center).to(torch.complex128), spread(rows.center.abs()), spread(rows.spread)
     for axis, b in enumerate(blocks):
-        f = torch.arange(b, device=rows.device)
+        f = torch.arange(b, device=device)
         angle = ((f[:, None] * f) % b).to(torch.float64) * (2 * math.pi / b)
         turn = torch.complex(angle.cos(), angle.sin()) / math.sqrt(b)
         waves = (waves.movedim(2 + 2 * axis, -1) @ turn.T).movedim(-1, 2 + 2 * axis)
-        mass = mass.sum(2 + 2 * axis, keepdim=True) / math.sqrt(b)
+        mass, moved = (m.sum(2 + 2 * axis, keepdim=True) / math.sqrt(b) for m in (mass, moved))
     steps = [2 + 2 * axis for axis in range(dims)]
     order = (*steps, 0, *(s + 1 for s in steps), 1)
     center = waves.permute(order).reshape(math.prod(blocks), count, -1)
     terms = sum(blocks) + 8 * dims
+    # Of each axis: the phases, their scaling, and the sum; relative to the sum of absolute values.
     own = dims * (_PHASE + 4 * UNIT) * (1 + 1e-6) + 4 * gamma(terms)
-    bound = mass.permute(order).reshape(count, -1) * (1 + 2 * gamma(terms) + own)
-    return Known(center, bound, error * (1 + own) + own)
-
-
-def grid(blocks: Blocks, device: torch.device) -> Tensor:
-    """All frequencies in row-major order, (F, dims)."""
-    return torch.tensor(list(product(*(range(m) for m in blocks))), dtype=torch.int64, device=device)
-
-
-def finer(a: Blocks, b: Blocks) -> Blocks:
-    """The larger of two numbers of blocks, one of which divides the other."""
-    return a if math.prod(a) >= math.prod(b) and a else b
-
-
-def add(a: Known, b: Known) -> Known:
-    """The sum."""
-    return Known(a.center + b.center, (a.size + b.size) * (1 + 2 * UNIT), max(a.error, b.error) * (1 + 4 * UNIT) + 2 * UNIT)
+    radius = (mass * own + moved * (1 + own)).permute(order).reshape(count, -1) * (1 + 2 * gamma(terms))
+    return Enclosed(center, radius)
 
 
 def exact(conv: Conv, before: tuple[int, ...], after: tuple[int, ...], zeros: bool) -> bool:
