@@ -1,15 +1,15 @@
 """The checker: evidence + network -> verified certificate, independent of every solver and prover.
 
-Each kind of evidence has one check, in a file of its own. Nothing here is imported from `bounds`, `exact` or
-`solvers`: the matrices are rebuilt from the network's nodes by code that the provers do not use.
+Each kind of evidence has one check, in a file of its own and in one of the tables below. Nothing here is imported from
+`bounds`, `exact` or `solvers`: the matrices are rebuilt from the network's nodes by code that the provers do not use.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import overload
+from collections.abc import Callable, Sequence
+from typing import Any, overload
 
 from lipguard.certificate import (
     Certificate,
@@ -41,7 +41,31 @@ from lipguard.verify.phases.partition import check_partition
 from lipguard.verify.point.witness import check_witness
 from lipguard.verify.torus.channel import check_channels
 
-__all__ = ["verify", "verify_local", "verify_radii", "verify_radius"]
+__all__ = ["EVERYWHERE", "ON_DOMAIN", "ON_DOMAINS", "verify", "verify_local", "verify_radii", "verify_radius"]
+
+_Norm = tuple[float, float]
+
+EVERYWHERE: dict[type[Any], Callable[[Network, Any, _Norm], float]] = {
+    Factors: check_factors,
+    Multipliers: check_multipliers,
+    Magnitudes: check_magnitudes,
+    WeightedMultipliers: check_weighted,
+    ChannelMultipliers: check_channels,
+    Product: check_product,
+}
+"""Evidence of bounds on all of R^d, which hold on every domain: check(network, evidence, norm), rounded outward."""
+
+ON_DOMAIN: dict[type[Any], Callable[[Network, Any, _Norm, Domain | None], float]] = {
+    Witness: check_witness,
+    Partition: check_partition,
+}
+"""Evidence of bounds on one domain, None for R^d: check(network, evidence, norm, domain)."""
+
+ON_DOMAINS: dict[type[Any], Callable[[Network, Sequence[Any], Sequence[Domain], _Norm], list[float]]] = {
+    LocalMultipliers: check_local_multipliers,
+    Slopes: check_slopes,
+}
+"""Evidence that is checked on many domains at a time: check(network, evidence, domains, norm), nan where nothing is proved."""
 
 
 @overload
@@ -75,36 +99,25 @@ def verify(
             )
         return dataclasses.replace(certificate, lower_certificate=lower, upper_certificate=upper)
     evidence = certificate.evidence
-    if isinstance(evidence, LocalMultipliers | Slopes):
+    kind = type(evidence)
+    if kind in ON_DOMAINS:
         verified = verify_local(network, [certificate])[0]
         if verified is None:
             raise NotCertified(f"no squared bound within 1 % of {certificate.value**2:.6g} is provable on the domain.")
         return verified
     _check_digest(network, certificate)
-    match evidence:
-        case Factors():
-            value = check_factors(network, evidence, certificate.norm)
-        case Multipliers():
-            value = check_multipliers(network, evidence, certificate.norm)
-        case Magnitudes():
-            value = check_magnitudes(network, evidence, certificate.norm)
-        case WeightedMultipliers():
-            value = check_weighted(network, evidence, certificate.norm)
-        case ChannelMultipliers():
-            value = check_channels(network, evidence, certificate.norm)
-        case Witness():
-            value = check_witness(network, evidence, certificate.norm, certificate.domain)
-        case Partition():
-            value = check_partition(network, evidence, certificate.norm, certificate.domain)
-        case Product():
-            value = check_product(network, evidence, certificate.norm)
-        case SolverReport():
-            raise NotCertified(f"the value {certificate.value:g} rests on {evidence.solver}'s word alone: it stays approximate.")
-    side = "lower" if isinstance(evidence, Witness) else "upper"
-    if side != certificate.side:
-        raise NotCertified(f"{type(evidence).__name__} proves {side} bounds, the certificate claims an {certificate.side} bound.")
+    if isinstance(evidence, SolverReport):
+        raise NotCertified(f"the value {certificate.value:g} rests on {evidence.solver}'s word alone: it stays approximate.")
+    if evidence.side != certificate.side:
+        raise NotCertified(f"{kind.__name__} proves {evidence.side} bounds, the certificate claims an {certificate.side} bound.")
+    if kind in EVERYWHERE:
+        value = EVERYWHERE[kind](network, evidence, certificate.norm)
+    elif kind in ON_DOMAIN:
+        value = ON_DOMAIN[kind](network, evidence, certificate.norm, certificate.domain)
+    else:
+        raise NotCertified(f"no check knows {kind.__name__}.")
     if math.isnan(value) or math.isinf(value):
-        raise NotCertified(f"{type(evidence).__name__} proves no finite bound.")
+        raise NotCertified(f"{kind.__name__} proves no finite bound.")
     return dataclasses.replace(certificate, value=value, rigor="verified")
 
 
@@ -129,17 +142,12 @@ def verify_local(network: Network, certificates: Sequence[Certificate]) -> list[
         if certificate.domain is None or certificate.norm != certificates[0].norm:
             raise NotCertified("local evidence needs a domain, and one norm for all certificates.")
     proved: list[Certificate | None] = [None] * len(certificates)
-    for kind in (LocalMultipliers, Slopes):
+    for kind, check in ON_DOMAINS.items():
         which = [i for i, certificate in enumerate(certificates) if isinstance(certificate.evidence, kind)]
         if not which:
             continue
         domains = [domain for i in which if (domain := certificates[i].domain) is not None]
-        norm = certificates[0].norm
-        if kind is Slopes:
-            values = check_slopes(network, domains, norm)
-        else:
-            evidence = [item for i in which if isinstance(item := certificates[i].evidence, LocalMultipliers)]
-            values = check_local_multipliers(network, evidence, domains, norm)
+        values = check(network, [certificates[i].evidence for i in which], domains, certificates[0].norm)
         for i, value in zip(which, values, strict=True):
             if math.isfinite(value):
                 proved[i] = dataclasses.replace(certificates[i], value=value, rigor="verified")

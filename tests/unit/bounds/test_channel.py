@@ -28,7 +28,8 @@ from lipguard.programs.torus import Torus
 from lipguard.programs.torus_blocks import blocks
 from lipguard.solvers.frequency_spheres import FrequencySpheres
 from lipguard.solvers.low_rank import LowRank
-from lipguard.verify.torus.channel import front
+from lipguard.verify.enclosed import Enclosed
+from lipguard.verify.lmi.fronts import front
 
 _CONVOLUTIONS = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}
 _LARGEST_SIDE, _LARGEST_RESULT = {1: 9, 2: 6, 3: 3}, {1: 12, 2: 7, 3: 3}
@@ -470,12 +471,13 @@ def test_fronts_are_what_they_claim() -> None:
     generator = torch.Generator().manual_seed(0)
     whole = torch.randn(3, 5, 8, generator=generator, dtype=torch.complex128)
     pivot, cross = whole @ whole.mH + torch.eye(5), torch.randn(3, 5, 2, generator=generator, dtype=torch.complex128)
-    u = front(pivot, cross, torch.full((7, 7), 1e-13, dtype=torch.float64).triu(1).tril(1), torch.ones(2, dtype=torch.float64))
+    radius = torch.full((7, 7), 1e-13, dtype=torch.float64)
+    u = front(Enclosed(pivot, radius[:5, :5].triu(1).tril(1)), Enclosed(cross, radius[:5, 5:].triu(1).tril(1)))
     schur = cross.mH @ torch.linalg.solve(pivot, cross)
     gap = torch.linalg.eigvalsh(u - schur)
     assert float(gap.min()) >= 0 and float(gap.max()) <= 1e-8 * float(torch.linalg.eigvalsh(schur).max())
     with pytest.raises(errors.NotCertified):
-        front(pivot - 10 * torch.eye(5), cross, torch.zeros(7, 7, dtype=torch.float64), torch.ones(2, dtype=torch.float64))
+        front(Enclosed(pivot - 10 * torch.eye(5)), Enclosed(cross))
 
 
 def test_records_keep_the_evidence() -> None:

@@ -30,7 +30,7 @@ from lipguard.solvers.first_order import FirstOrder
 from lipguard.solvers.interior_point import InteriorPoint, normal_matrix
 from lipguard.solvers.relative import relative, to_relative
 from lipguard.verify.enclosed import Enclosed
-from lipguard.verify.lmi.elimination import blocks, prove_rho
+from lipguard.verify.lmi.elimination import LayerBlocks
 from lipguard.verify.lmi.form import feedback_form
 from lipguard.verify.lmi.fronts import front, largest_eigenvalue, real
 from lipguard.verify.lmi.multipliers import prover
@@ -122,9 +122,9 @@ def test_the_largest_eigenvalue_is_enclosed(n):
     s = symmetric(n, n, definite=True)
     exact = float(torch.linalg.eigvalsh(s)[-1])
     radius = torch.full_like(s, 1e-9)
-    assert exact < largest_eigenvalue(Enclosed(s)) <= exact * (1 + 1e-9)
+    assert exact < largest_eigenvalue(Enclosed(s[None])) <= exact * (1 + 1e-9)
     # The matrix of ones times the radius is within the radius; Weyl's inequality bounds what it adds.
-    assert float(torch.linalg.eigvalsh(s + radius)[-1]) <= largest_eigenvalue(Enclosed(s, radius)) <= exact + 3e-9 * n
+    assert float(torch.linalg.eigvalsh(s + radius)[-1]) <= largest_eigenvalue(Enclosed(s[None], radius[None])) <= exact + 3e-9 * n
 
 
 # --- all fronts against the dense proof ---
@@ -132,7 +132,7 @@ def test_the_largest_eigenvalue_is_enclosed(n):
 
 def either_end(net, t, rho):
     form = feedback_form(net)
-    b = blocks(form)
+    b = LayerBlocks.of(form)
     return form, [(b, t), (b.transposed(), rho / (t * (form.beta - form.alpha) ** 2))]
 
 
@@ -150,14 +150,14 @@ def test_fronts_prove_what_the_dense_matrix_proves(net, margin):
     found = []
     for b, multipliers in ways:
         try:
-            found.append(prove_rho(form, b, multipliers))
+            found.append(b.elimination(form, multipliers).least_rho())
         except NotCertified:
             continue
     # Multipliers of slopes widened to 1e-6 are too large for the one order or the other.
     assert found or bool((form.beta - form.alpha < 1e-5).any())
     if found and prove(rho * (1 + 1e-9)):
         assert min(found) <= rho * (1 + 1e-6)
-    backwards = prove_rho(form, *ways[0]) if len(found) == 2 else None
+    backwards = ways[0][0].elimination(form, ways[0][1]).least_rho() if len(found) == 2 else None
     if backwards is not None and backwards < 1e12:
         # The first way is about the same multipliers: least rho to least rho.
         assert prove(backwards * (1 + 1e-6))
