@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from lipguard import __version__, registry
+from lipguard.bounds.method import PAIRS
 from lipguard.cli.text import Cell, Screen
 
 __all__ = ["Finding", "examine", "show"]
@@ -45,7 +46,7 @@ class Finding:
 
 
 def examine() -> dict[str, object]:
-    """Versions, hardware and solvers, as one JSON-ready value."""
+    """Versions, hardware, bound methods and solvers, as one JSON-ready value."""
     import torch
     from threadpoolctl import threadpool_info
 
@@ -53,14 +54,18 @@ def examine() -> dict[str, object]:
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     blas = sorted({f"{pool.get('internal_api')} {pool.get('num_threads')} threads" for pool in threadpool_info()})
     hardware = {"cores": os.cpu_count() or 1, "accelerator": accelerator, "blas": ", ".join(blas)}
-    return {"versions": versions, "hardware": hardware, "solvers": [asdict(finding) for finding in _solvers()]}
+    found = {"methods": _methods(), "solvers": [asdict(finding) for finding in _solvers()]}
+    return {"versions": versions, "hardware": hardware} | found
 
 
 def show(report: dict[str, object], screen: Screen) -> None:
     """Prints what `examine` found."""
-    versions, hardware, solvers = report["versions"], report["hardware"], report["solvers"]
-    assert isinstance(versions, dict) and isinstance(hardware, dict) and isinstance(solvers, list)
+    versions, hardware, methods, solvers = (report[part] for part in ("versions", "hardware", "methods", "solvers"))
+    assert isinstance(versions, dict) and isinstance(hardware, dict) and isinstance(methods, list) and isinstance(solvers, list)
     screen.table([((name, "dim"), str(value)) for name, value in {**versions, **hardware}.items()])
+    screen.line()
+    titles = ("method", "side", "norms", "options")
+    screen.table([[method[title if title != "method" else "name"] for title in titles] for method in methods], titles)
     screen.line()
     rows: list[list[Cell]] = []
     for solver in solvers:
@@ -74,6 +79,23 @@ def _version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _methods() -> list[dict[str, str]]:
+    """What every registered bound method states of itself."""
+    rows = []
+    for name, entry in registry.methods().items():
+        made = entry.load()
+        norms = getattr(made, "norms", None)
+        answered = "not stated" if norms is None else "all" if len(norms) == len(PAIRS) else " ".join(map(_pair, norms))
+        side, options = str(getattr(made, "side", "upper")), ", ".join(entry.takes()) or "none"
+        rows.append({"name": name, "side": side, "norms": answered, "options": options})
+    return rows
+
+
+def _pair(norm: tuple[float, float]) -> str:
+    p, q = norm
+    return f"{p:g}" if p == q else f"({p:g},{q:g})"
 
 
 def _solvers() -> list[Finding]:

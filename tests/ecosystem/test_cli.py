@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import lipguard
+from lipguard import registry
 from lipguard.checkpoint import example_input, load_module
 from lipguard.cli.main import main
 from lipguard.errors import InvalidExample
@@ -232,6 +233,9 @@ def test_doctor(capsys):
     assert found["gurobi"]["licence"] in ("size-limited", "full", "none valid")
     assert all(solver["remark"] for solver in found.values())
     assert report["versions"]["lipguard"] == lipguard.__version__
+    methods = {method["name"]: method for method in report["methods"]}
+    assert set(methods) >= set(registry.METHODS) and methods["sampling"]["side"] == "lower"
+    assert methods["spectral"]["norms"] == "all" and "chordal" in methods["lipsdp-neuron"]["options"]
     code, out, _ = run(capsys, "doctor")
     assert code == 0
     assert "interior-point" in out

@@ -115,7 +115,9 @@ def twin(make) -> list[LightningModule]:
 @pytest.mark.parametrize(
     ("options", "tolerance"),
     [
-        ({}, 1e-5),
+        # Single precision rounds each step in an order of its own, by up to 1.5e-5 on some processors; that both are the
+        # same trajectory is what double precision shows.
+        ({}, 4e-5),
         ({"precision": "64-true"}, 1e-12),
         # bfloat16 activations make the loss's own gradient coarse; the penalty's is the same in both
         ({"precision": "bf16-mixed"}, 1e-4),
