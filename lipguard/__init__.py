@@ -33,6 +33,7 @@ __all__ = [
     "capture",
     "certify",
     "exact",
+    "explain",
     "load",
     "lowers",
     "verify",
@@ -59,6 +60,7 @@ _HOMES = {
     "capture": "capture",
     "certify": "bounds.robustness",
     "exact": "exact",
+    "explain": "bounds.explain",
     "load": "certificate",
     "lowers": "capture",
     "verify": "verify",
@@ -66,6 +68,7 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from lipguard.bounds import bound
+    from lipguard.bounds.explain import explain
     from lipguard.bounds.robustness import Robustness, certify
     from lipguard.bounds.tracker import Tracker
     from lipguard.callbacks import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -137,7 +138,8 @@ class _Plain:
 class Certificate(_Plain):
     """One bound of one network's Lipschitz constant, with what proves it.
 
-    `value` is rounded outward when `rigor` is "verified". `note` says what went wrong on the way, if anything.
+    `value` is rounded outward when `rigor` is "verified". `note` says what went wrong on the way, if anything. `network` is
+    the one that the checker proved it for, in this process: neither pickled nor saved.
     """
 
     forms: ClassVar[Mapping[str, Form]] = {
@@ -165,6 +167,16 @@ class Certificate(_Plain):
     seconds: float = 0.0
     note: str = ""
     details: dict[str, float | int | str] = field(default_factory=dict)
+    network: Any = field(default=None, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the network, which is no part of the claim and may be large."""
+        return {**self.__dict__, "network": None}
+
+    def explain(self, network: Any = None) -> Any:
+        """Each layer's share of the bound: see `lipguard.bounds.explain.explain`."""
+        # By name: certificates lie below the methods, and an explanation asks them; the shares are no part of what is trusted.
+        return importlib.import_module("lipguard.bounds.explain").explain(self, network)
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Certificate:

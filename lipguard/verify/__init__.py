@@ -118,7 +118,7 @@ def verify(
         raise NotCertified(f"no check knows {kind.__name__}.")
     if math.isnan(value) or math.isinf(value):
         raise NotCertified(f"{kind.__name__} proves no finite bound.")
-    return dataclasses.replace(certificate, value=value, rigor="verified")
+    return dataclasses.replace(certificate, value=value, rigor="verified", network=network)
 
 
 def _same(lower: Domain | None, upper: Domain | None) -> bool:
@@ -150,7 +150,7 @@ def verify_local(network: Network, certificates: Sequence[Certificate]) -> list[
         values = check(network, [certificates[i].evidence for i in which], domains, certificates[0].norm)
         for i, value in zip(which, values, strict=True):
             if math.isfinite(value):
-                proved[i] = dataclasses.replace(certificates[i], value=value, rigor="verified")
+                proved[i] = dataclasses.replace(certificates[i], value=value, rigor="verified", network=network)
     return proved
 
 
