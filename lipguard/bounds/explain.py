@@ -134,9 +134,8 @@ def explain(certificate: Certificate, network: Network | None = None) -> Explana
     """
     network = certificate.network if network is None else network  # type: ignore[assignment]
     if not isinstance(network, Network):
-        raise UnsupportedQuery(
-            "the network of this certificate is not at hand. Give it: certificate.explain(lipguard.capture(...))."
-        )
+        remedy = "certificate.explain(lipguard.capture(model, example))"
+        raise UnsupportedQuery(f"the network of this certificate is not at hand. Give it: {remedy}.")
     if network.digest != certificate.digest:
         raise UnsupportedQuery(f"the certificate is of network {certificate.digest[:12]}, this one is {network.digest[:12]}.")
     if not 0 < certificate.value < math.inf:
@@ -241,7 +240,7 @@ def _from_multipliers(network: Network, evidence: Multipliers, rho: float, layer
     here = factors(network)
     try:
         t, inverse = _centred(lambda t: matrix(here, t), here[0], here[1], evidence.t.to(here[0]))
-    except (SolverFailed, torch.linalg.LinAlgError):
+    except (SolverFailed, torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
         return None
     dual = inverse / inverse.diagonal()[n:].sum()
     # On the central path rho is above the least one by at most (order of Z + n) / tr(E_x Z^{-1}).

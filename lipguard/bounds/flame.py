@@ -42,7 +42,7 @@ def flame(explanation: Explanation, path: str | os.PathLike[str] | None = None) 
     axes = figure.add_subplot()
     norms = [row.norm for row in rows if row.norm > 0 and math.isfinite(row.norm)]
     low, high = (min(norms), max(norms)) if norms else (1.0, 1.0)
-    colours = ScalarMappable(LogNorm(low * 0.999, high * 1.001), "cividis")  # one order of lightness, read alike by all eyes
+    colours: Any = ScalarMappable(LogNorm(low * 0.999, high * 1.001), "cividis")  # one order of lightness, read alike by all eyes
 
     def bar(level: int, start: float, width: float, label: str, colour: Any, hatch: str = "") -> None:
         axes.barh(level, width, left=start, height=0.94, color=colour, edgecolor="white", linewidth=1.2, hatch=hatch)
@@ -65,7 +65,7 @@ def flame(explanation: Explanation, path: str | os.PathLike[str] | None = None) 
             bar(level + 1, open_at[level][1], start - open_at[level][1], open_at[level][0], grey)
         open_at = [*open_at[:same], *((name, start) for name in modules[same:])]
         width = abs(row.share) / whole
-        colour = colours.to_rgba(row.norm) if row.norm > 0 and math.isfinite(row.norm) else grey
+        colour: Any = colours.to_rgba(row.norm) if row.norm > 0 and math.isfinite(row.norm) else grey
         hatch = "///" if row.share < 0 else ""
         bar(len(names), start, width, f"{names[-1]}  {row.share / whole:.0%}", tuple(colour), hatch)
         start += width
