@@ -33,7 +33,7 @@ from lipguard.plain import (
 Side = Literal["upper", "lower"]
 
 
-class _Kind(Recorded):
+class Kind(Recorded):
     """A kind of evidence, or a part of one."""
 
     side: ClassVar[Side] = "upper"
@@ -50,7 +50,7 @@ def _entries(value: object) -> int:
     """Numbers that a field holds."""
     if isinstance(value, Tensor):
         return value.numel()
-    if isinstance(value, _Kind):
+    if isinstance(value, Kind):
         return sum(map(_entries, vars(value).values()))
     if isinstance(value, dict):
         return sum(map(_entries, value.values()))
@@ -60,7 +60,7 @@ def _entries(value: object) -> int:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Factors(_Kind):
+class Factors(Kind):
     """Proposed norm of every affine node, by its index in the network; the checker re-proves each.
 
     `derivation` says how convolutions are to be proved: "norm", as tightly as can be, or "toeplitz", by the Toeplitz bound.
@@ -78,7 +78,7 @@ class Factors(_Kind):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Multipliers(_Kind):
+class Multipliers(Kind):
     """Multipliers t >= 0, one per neuron in the order of the activation nodes, and the squared bound they should prove."""
 
     kind = "multipliers"
@@ -89,7 +89,7 @@ class Multipliers(_Kind):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LocalMultipliers(_Kind):
+class LocalMultipliers(Kind):
     """Multipliers t >= 0 for the slopes that the neurons have on the domain, (n,), and the squared bound they should prove.
 
     The checker finds the slopes itself. With alpha, beta a neuron's slopes there, w = alpha p + (beta - alpha) u, and t
@@ -104,7 +104,7 @@ class LocalMultipliers(_Kind):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Slopes(_Kind):
+class Slopes(Kind):
     """Nothing but the domain: the checker encloses the slopes of the neurons there, and all Jacobians by them."""
 
     kind = "slopes"
@@ -115,7 +115,7 @@ class Slopes(_Kind):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Magnitudes(_Kind):
+class Magnitudes(Kind):
     """For every implicit layer, by its index, a positive vector (n,) above its response to what reaches it, entry by entry.
 
     Where the norm is from inf the response is of increments carried forwards, else of functionals carried backwards.
@@ -128,7 +128,7 @@ class Magnitudes(_Kind):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Part(_Kind):
+class Part(Kind):
     """Multipliers (n,) of one output (input norm 2 or inf) or one input (output norm 2 or 1), and weights of the other side.
 
     `weights`, one per input (from inf) or output (to 1), are mu > 0 with |y_i|^2 <= sum_k mu_k x_k^2, or with
@@ -143,7 +143,7 @@ class Part(_Kind):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class WeightedMultipliers(_Kind):
+class WeightedMultipliers(Kind):
     """Weighted matrix inequalities: one for each output where the output norm is inf, for each input where the input's is 1."""
 
     kind = "weighted-multipliers"
@@ -153,7 +153,7 @@ class WeightedMultipliers(_Kind):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ChannelMultipliers(_Kind):
+class ChannelMultipliers(Kind):
     """Multipliers t >= 0 of a convolutional network on a torus, and the squared bound they should prove.
 
     Attributes:
@@ -172,7 +172,7 @@ class ChannelMultipliers(_Kind):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Witness(_Kind):
+class Witness(Kind):
     """A point and a direction: ||J(point) direction|| / ||direction|| bounds the constant from below."""
 
     kind = "witness"
@@ -184,7 +184,7 @@ class Witness(_Kind):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SolverReport(_Kind):
+class SolverReport(Kind):
     """The word of a solver that nothing can check: stays approximate."""
 
     kind = "solver-report"
@@ -199,7 +199,7 @@ class SolverReport(_Kind):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Leaf(_Kind):
+class Leaf(Kind):
     """One part of the input domain: neurons whose phase is fixed, and the multipliers of the free ones.
 
     `phases` has one entry per neuron in the order of the activation nodes: the index of the linear piece the neuron
@@ -227,7 +227,7 @@ class Leaf(_Kind):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Partition(_Kind):
+class Partition(Kind):
     """Leaves of a branching on activation phases that cover the domain, each with evidence of `value`."""
 
     kind = "partition"
@@ -252,7 +252,7 @@ _OF_A_PIECE = Form(lambda factor: factor.to_record(), _of_a_piece)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Product(_Kind):
+class Product(Kind):
     """Evidence of every piece of a network that is cut behind the nodes `cuts`; the bounds of the pieces multiply."""
 
     kind = "product"
@@ -277,7 +277,7 @@ _OF_A_PAIR = Form(lambda evidence: evidence.to_record(), _of_a_pair)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PairBound(_Kind):
+class PairBound(Kind):
     """Why the difference of two outputs has a 2-norm constant on all of R^d.
 
     The statement is about the network of neurons, coupled nodes taken apart (`lipguard.verify.rewriting.neurons_only`).
@@ -295,7 +295,7 @@ class PairBound(_Kind):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Radius(_Kind):
+class Radius(Kind):
     """Why all inputs of a ball have one class, difference by difference of the class's output and another's.
 
     A class that is in neither table is excluded by the ball alone: by linear propagation, or by slopes.
