@@ -20,6 +20,7 @@ README = blocks("README.md")
 @pytest.fixture
 def restored():
     """The tables that an extension writes to, as they were."""
+    rules.load()
     tables = (registry.METHODS, registry.SOLVERS, KINDS, NAMED, EVERYWHERE, rules._MODULES, rules._FUNCTIONS)
     before = [dict(table) for table in tables]
     yield
