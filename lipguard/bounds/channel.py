@@ -20,6 +20,7 @@ from lipguard.bounds.spectral import Spectral
 from lipguard.certificate import Certificate, ChannelMultipliers, Query
 from lipguard.errors import NotCertified, SolverFailed, UnsupportedQuery
 from lipguard.network import Network
+from lipguard.outward import show_upper
 from lipguard.programs.frequency import FrequencyProgram
 from lipguard.programs.torus import Layer, Torus
 from lipguard.programs.torus_blocks import Blocks, blocks
@@ -127,10 +128,10 @@ class Channel(Method):
             found = replace(found, details={"gap": climb.gap, "iterations": climb.steps, "product": product.value})
             if found.value <= product.value:
                 return replace(found, seconds=time.perf_counter() - began), warm
-            note = f"lipsdp-channel proves {found.value:.6g} only"
+            note = f"lipsdp-channel proves {show_upper(found.value)} only"
         except (SolverFailed, NotCertified) as failure:
             note = f"{type(failure).__name__}: {failure}"
-        note = f"{note}; the spectral product {product.value:.6g} stands"
+        note = f"{note}; the spectral product {show_upper(product.value)} stands"
         return replace(product, note=note, seconds=time.perf_counter() - began), warm
 
 

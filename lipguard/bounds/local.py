@@ -22,6 +22,7 @@ from lipguard.bounds.solving import solved
 from lipguard.certificate import Certificate, Domain, LocalMultipliers, Query, Slopes
 from lipguard.errors import SolverFailed
 from lipguard.network import Network
+from lipguard.outward import show_upper
 from lipguard.programs.feedback import Feedback
 from lipguard.programs.lipsdp import LipSDP, lipsdp
 from lipguard.programs.rewriting import elementwise, slope_restricted
@@ -155,7 +156,7 @@ def _completed(
     for i, other in zip(missing, others, strict=True):
         if other is not None:
             reason = proposed[i].note or "the multipliers are not provable"
-            found[i] = replace(other, note=f"{reason}; the bound by slopes alone, {other.value:.6g}, stands")
+            found[i] = replace(other, note=f"{reason}; the bound by slopes alone, {show_upper(other.value)}, stands")
     if share >= _MOSTLY_FREE or any(certificate is None for certificate in found):
         overall, _ = method(network, replace(query, domain=None))
         for i, certificate in enumerate(found):

@@ -15,6 +15,7 @@ from lipguard.bounds.spectral import Spectral
 from lipguard.certificate import Certificate, Multipliers, Query
 from lipguard.errors import NotCertified, SolverFailed, UnsupportedQuery
 from lipguard.network import Network
+from lipguard.outward import show_upper
 from lipguard.programs.lipsdp import LipSDP
 from lipguard.programs.rewriting import elementwise
 from lipguard.programs.slope_program import Proposal, SlopeProgram
@@ -126,7 +127,7 @@ def proved(
     fallback, _ = Spectral()(network, query)
     if fallback.value == 0:
         return fallback  # a constant network: no multipliers were needed
-    return replace(fallback, note="; ".join([*notes, f"the spectral product {fallback.value:.6g} stands"]))
+    return replace(fallback, note="; ".join([*notes, f"the spectral product {show_upper(fallback.value)} stands"]))
 
 
 def not_above_product(
@@ -146,7 +147,7 @@ def not_above_product(
         return certificate
     if certificate.value <= product.value * (1 + _EQUAL):
         return replace(product, note=certificate.note)
-    return replace(product, note="; ".join([*notes, f"{certificate.method} proves {certificate.value:.6g} only"]))
+    return replace(product, note="; ".join([*notes, f"{certificate.method} proves {show_upper(certificate.value)} only"]))
 
 
 def _inside(program: SlopeProgram, t: Tensor, pull: float | None) -> tuple[Tensor, float]:

@@ -23,6 +23,7 @@ from lipguard.bounds.spectral import Spectral
 from lipguard.certificate import Certificate, Part, Query, WeightedMultipliers
 from lipguard.errors import NotCertified, SolverFailed, UnsupportedQuery
 from lipguard.network import Network
+from lipguard.outward import show_upper
 from lipguard.programs.feedback import Feedback, feedback_of
 from lipguard.programs.lipsdp import LipSDP, lipsdp
 from lipguard.programs.slope_program import Proposal
@@ -95,13 +96,13 @@ def weighted(
         proposed = Certificate(math.nan, "upper", norm, query.domain, network.digest, name, evidence)
         certificate = verify(network, proposed)
     except (NotCertified, SolverFailed) as failure:
-        text = f"{type(failure).__name__}: {failure}; {product.method} {product.value:.6g} stands"
+        text = f"{type(failure).__name__}: {failure}; {product.method} {show_upper(product.value)} stands"
         return replace(product, note="; ".join([*notes, text]), seconds=time.perf_counter() - began)
     certificate = replace(
         certificate, details={"gap": max(gaps), "iterations": iterations, "programs": len(found)}, note="; ".join(notes)
     )
     if product.value < certificate.value:
-        notes.append(f"{name} proves {certificate.value:.6g} only")
+        notes.append(f"{name} proves {show_upper(certificate.value)} only")
         certificate = replace(product, note="; ".join(notes))
     return replace(certificate, seconds=time.perf_counter() - began)
 

@@ -28,7 +28,7 @@ from lipguard.callbacks.example import first_sample, module_example
 from lipguard.callbacks.progress import waiting
 from lipguard.certificate import Ball, Box
 from lipguard.errors import InvalidExample, LimitExceeded, LipguardError, UnsupportedQuery
-from lipguard.outward import narrowed
+from lipguard.outward import narrowed, show_interval, show_lower
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -343,9 +343,11 @@ class CheckpointAuditor(Callback):
         if upper is None or lower is None:
             text = f"{name}: whether its Lipschitz constant keeps to {limit:g} is undecided, as its audit failed."
         elif lower > limit:
-            text = f"{name}: its Lipschitz constant, at least {lower:.6g}, exceeds the limit {limit:g}."
+            text = f"{name}: its Lipschitz constant, at least {show_lower(lower)}, exceeds the limit {limit:g}."
         else:
-            text = f"{name}: its Lipschitz constant in [{lower:.6g}, {upper:.6g}] is not shown to keep to {limit:g}: undecided."
+            text = (
+                f"{name}: its Lipschitz constant in {show_interval(lower, upper)} is not shown to keep to {limit:g}: undecided."
+            )
         self._violation = self._violation or text
         if self.on_violation != "raise":
             warnings.warn(f"CheckpointAuditor: {text}", stacklevel=2)

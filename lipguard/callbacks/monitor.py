@@ -19,7 +19,7 @@ from lipguard.callbacks.base import Callback
 from lipguard.callbacks.example import first_sample, module_example
 from lipguard.certificate import Ball, Box
 from lipguard.errors import Contradiction, InvalidExample, LipguardError, UnsupportedQuery
-from lipguard.outward import narrowed
+from lipguard.outward import for_bar, narrowed
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -316,13 +316,27 @@ class LipschitzMonitor(Callback):
             pl_module.log(
                 name,
                 value,
-                prog_bar=self.prog_bar and kind in ("upper", "lower"),
+                prog_bar=self.prog_bar
+                and kind in ("upper", "lower")
+                and not _in_bar(pl_module.trainer, name, float(value), kind),
                 on_step=on_step,
                 on_epoch=on_epoch,
                 logger=logger,
                 reduce_fx=_REDUCE.get(kind, "max"),
                 batch_size=1,
             )
+
+
+def _in_bar(trainer: Trainer, name: str, value: float, kind: str) -> bool:
+    """Put a bound into the progress bar as a number that both of Lightning's bars print outward; False where they have no place.
+
+    Logged with `prog_bar=True` it would be printed to nearest, at three digits.
+    """
+    shown = getattr(trainer._logger_connector, "_progress_bar_metrics", None)
+    if not isinstance(shown, dict):
+        return False
+    shown[name] = for_bar(value, "lower" if kind == "lower" else "upper")
+    return True
 
 
 def _is_dry_run(trainer: Trainer) -> bool:

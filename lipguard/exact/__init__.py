@@ -22,6 +22,7 @@ from lipguard.exact.preactivation import bounds
 from lipguard.exact.problem import problem
 from lipguard.network import Activation, Network
 from lipguard.network.activations import PiecewiseLinear
+from lipguard.outward import show_upper
 from lipguard.programs.rewriting import elementwise
 from lipguard.query import Inputs, Norm, Outputs
 
@@ -140,7 +141,7 @@ def _not_above_product(network: Network, query: Query, enclosure: Enclosure, gap
     product, _ = Spectral()(network, query)
     if product.value >= enclosure.upper:
         return enclosure
-    text = f"The product of the layers' norms, {product.value:.6g}, is less than what {enclosure.method} proves by then."
+    text = f"The product of the layers' norms, {show_upper(product.value)}, is less than what {enclosure.method} proves by then."
     return dataclasses.replace(enclosure, upper_certificate=product, choice=f"{enclosure.choice} {text}".strip())
 
 
@@ -197,13 +198,14 @@ def _narrower(first: Enclosure, second: Enclosure) -> Enclosure:
             witness=lower.witness,
             choice=f"{first.choice} {second.method} did not improve on it.",
         )
-    choice = f"{first.choice} The verified bound of closed regions is {first.upper:.9g}; {second.method} says that the true "
+    closed = f"The verified bound of closed regions is {show_upper(first.upper, 9)}"
+    choice = f"{first.choice} {closed}; {second.method} says that the true "
     return dataclasses.replace(
         second,
         lower_certificate=lower.lower_certificate,
         witness=lower.witness,
         seconds=first.seconds + second.seconds,
         closed_region=first.closed_region,
-        choice=f"{choice}constant is {second.upper:.9g}. {second.choice}".strip(),
+        choice=f"{choice}constant is {show_upper(second.upper, 9)}. {second.choice}".strip(),
         details={**second.details, "verified_upper": first.upper},
     )

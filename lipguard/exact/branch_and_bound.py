@@ -32,6 +32,7 @@ from lipguard.exact.problem import problem
 from lipguard.exact.search import BATCH, FINE, Child, Known, Node, Search
 from lipguard.exact.sides import Decided, decide
 from lipguard.network import Network
+from lipguard.outward import show_upper
 from lipguard.solvers.threads import one_thread
 from lipguard.verify import verify
 from lipguard.verify.phases.partition import semidefinite
@@ -320,7 +321,7 @@ def _conclude(search: Search, status: Status, value: float, leaves: tuple[Leaf, 
     }  # fmt: skip
     degenerate = search.closed if search.closed > task.lower * (1 + gap / 2) else None
     if status == "closed" and degenerate is not None:
-        task.notes.append(f"A region without interior attains {degenerate:.9g}: the bound is that of closed regions.")
+        task.notes.append(f"A region without interior attains {show_upper(degenerate, 9)}: the bound is that of closed regions.")
         status = "gap reached" if upper.value > task.lower * (1 + 2 * gap) else status
     return task.enclosure(upper, status, "branch-and-bound", closed_region=degenerate, details=details)
 

@@ -18,6 +18,7 @@ from lipguard.exact.encoding import Encoding
 from lipguard.exact.preactivation import Bounds, bounds
 from lipguard.exact.problem import Problem, problem
 from lipguard.network import Network
+from lipguard.outward import show_lower, show_upper
 from lipguard.programs.mixed_integer import MixedIntegerProgram, MixedIntegerResult
 
 _LOGGER = logging.getLogger("lipguard.exact")
@@ -164,11 +165,12 @@ class _Run:
                     self.closed_region = None
                 elif self.closed_region is not None:
                     self._say(
-                        f"The closed maximum {self.closed_region:.9g} belongs to no open region: repaired by {self.cuts} cuts."
+                        f"The closed maximum {show_upper(self.closed_region, 9)} belongs to no open region: "
+                        f"repaired by {self.cuts} cuts."
                     )
                 return upper
             if self.region == "closed":
-                self._say(f"The closed maximum {value:.9g} belongs to no open region: region='both' repairs it.")
+                self._say(f"The closed maximum {show_upper(value, 9)} belongs to no open region: region='both' repairs it.")
                 return upper
             subset = degenerate_subset(self.task, pattern)
             if subset is None or not encoding.forbid(subset, pattern):
@@ -234,7 +236,9 @@ class _Run:
         """The solver's bound as the upper bound, if it is better and does not contradict what is known."""
         lower = self.task.lower
         if value < lower * (1 - _DISAGREES):
-            self._say(f"{self.used}'s bound {value:.9g} is below the lower bound {lower:.9g} and was not used.")
+            self._say(
+                f"{self.used}'s bound {show_upper(value, 9)} is below the lower bound {show_lower(lower, 9)} and was not used."
+            )
             self.status = "solver failed"
             return upper
         value = max(value, lower)

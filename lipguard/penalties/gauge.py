@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lipguard.errors import UnsupportedQuery
 from lipguard.network import Activation, Affine, Input, Network, Sum
+from lipguard.outward import show_upper
 from lipguard.penalties.base import Penalty
 from lipguard.penalties.lipsdp import LipSDP
 from lipguard.penalties.local import Local
@@ -131,7 +132,7 @@ def check_trial(trial: Penalty, parameters: Sequence[Tensor], name: str, target:
     if moved < _UNMOVED and (target is None or bound > target):
         aim = f"target={target:g} cannot be reached: " if target is not None else ""
         raise UnsupportedQuery(
-            f"{aim}no trained weight of {name} moves its bound of {bound:.6g}. Are its layers frozen, or normalised by a "
+            f"{aim}no trained weight of {name} moves its bound of {show_upper(bound)}. Are its layers frozen, or normalised by a "
             "parametrization?"
         )
 

@@ -30,6 +30,7 @@ from lipguard.certificate import (
 )
 from lipguard.errors import Contradiction, NotCertified
 from lipguard.network import Network
+from lipguard.outward import show_upper
 from lipguard.verify.domain.local import check_local_multipliers, check_slopes
 from lipguard.verify.domain.radii import verify_radii, verify_radius
 from lipguard.verify.lmi.multipliers import check_multipliers
@@ -103,11 +104,13 @@ def verify(
     if kind in ON_DOMAINS:
         verified = verify_local(network, [certificate])[0]
         if verified is None:
-            raise NotCertified(f"no squared bound within 1 % of {certificate.value**2:.6g} is provable on the domain.")
+            raise NotCertified(f"no squared bound within 1 % of {show_upper(certificate.value**2)} is provable on the domain.")
         return verified
     _check_digest(network, certificate)
     if isinstance(evidence, SolverReport):
-        raise NotCertified(f"the value {certificate.value:g} rests on {evidence.solver}'s word alone: it stays approximate.")
+        raise NotCertified(
+            f"the value {show_upper(certificate.value)} rests on {evidence.solver}'s word alone: it stays approximate."
+        )
     if evidence.side != certificate.side:
         raise NotCertified(f"{kind.__name__} proves {evidence.side} bounds, the certificate claims an {certificate.side} bound.")
     if kind in EVERYWHERE:

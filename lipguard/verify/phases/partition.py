@@ -11,6 +11,7 @@ from torch import Tensor
 from lipguard.certificate import Domain, Leaf, Partition
 from lipguard.errors import NotCertified
 from lipguard.network import Network
+from lipguard.outward import show_upper
 from lipguard.rounding import gamma, prove_positive_definite, up
 from lipguard.verify.phases.flat import is_flat
 from lipguard.verify.phases.phase_form import PhaseForm, phase_form
@@ -108,7 +109,7 @@ def _chunk(form: PhaseForm, leaves: tuple[Leaf, ...], claim: float, norm: tuple[
         left = left[~proved]
         inflation *= 4
         if inflation > 1e-6:
-            raise NotCertified(f"{len(left)} leaves are not provably bounded by {claim:.9g}.")
+            raise NotCertified(f"{len(left)} leaves are not provably bounded by {show_upper(claim, 9)}.")
     return value
 
 
