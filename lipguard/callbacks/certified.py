@@ -30,9 +30,9 @@ _CHUNK = 16
 
 
 class CertifiedAccuracy(Callback):
-    """Logs the certified accuracy on the validation set: correct samples that keep their class on a whole 2-norm ball.
+    """Logs the certified accuracy on the validation or test set: correct samples that keep their class on a whole 2-norm ball.
 
-    Logged at the end of validation: `{prefix}/certified_accuracy@{eps}` for each radius, a lower bound of the accuracy under
+    Logged at the end of validation, and of `trainer.test`: `{prefix}/certified_accuracy@{eps}` for each radius, a lower bound of the accuracy under
     every attack of that size on the samples treated; `{prefix}/certified_samples`, their number; and
     `{prefix}/certified_seconds`. The samples are the first of the validation set; where the time ends before they do, the
     share is that of the samples done, and the log says so. With several processes each certifies its own samples.
@@ -121,6 +121,10 @@ class CertifiedAccuracy(Callback):
             pl_module.log(
                 f"{self.prefix}/{name}", value, on_epoch=True, sync_dist=trainer.world_size > 1, batch_size=max(1, count)
             )
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
 
     def _due(self, trainer: Trainer) -> bool:
         if trainer.sanity_checking or trainer.barebones:

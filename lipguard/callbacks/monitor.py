@@ -29,6 +29,9 @@ __all__ = ["LipschitzMonitor"]
 _FLOOR = 0.5
 """Seconds that a measurement may always take: small models are measured in full."""
 
+_EVALUATION = 30.0
+"""Seconds that the one measurement of `trainer.validate` or `trainer.test` may take."""
+
 _SHARDED = ("FSDPStrategy", "ModelParallelStrategy")
 """Strategies under which no rank holds the whole network."""
 
@@ -70,6 +73,8 @@ class LipschitzMonitor(Callback):
     Example::
 
         trainer = Trainer(callbacks=[LipschitzMonitor(every_n_epochs=1, prog_bar=True)])
+
+    `trainer.validate` and `trainer.test` log the bound of the weights that they evaluate, measured once at their end.
 
     If another callback monitors one of the names logged (`EarlyStopping(monitor="lipschitz/upper")`), measurements are also
     taken at the end of validation, where that callback may look.
@@ -180,7 +185,9 @@ class LipschitzMonitor(Callback):
             )
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures for the callbacks that decide at the end of validation on a value logged here."""
+        """Measures for the callbacks that decide at the end of validation on a value logged here, and in `trainer.validate`."""
+        if trainer.state.fn == "validate":
+            self._evaluate(trainer, pl_module)
         if trainer.state.fn == "fit" and not trainer.sanity_checking and self._watched(trainer) and self._epoch_due(trainer):
             self._log(pl_module, self._measure(trainer, pl_module))
 
@@ -194,6 +201,32 @@ class LipschitzMonitor(Callback):
         if self._mark is not None:
             self.training_seconds += time.perf_counter() - self._mark
             self._mark = None
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Remembers the first sample where no training came before."""
+        if trainer.state.fn != "fit" and batch_idx == 0 and dataloader_idx == 0:
+            with torch.inference_mode(False):
+                self.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Remembers the first sample where no training came before."""
+        self.on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures the weights that are tested."""
+        self._evaluate(trainer, pl_module)
+
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """One measurement outside a training; what a training counts stays as it was."""
+        kept = self._measured_step, self._measured_in_fit, self._mark, self.measuring_seconds
+        try:
+            self._log(pl_module, self._measure(trainer, pl_module))
+        finally:
+            self._measured_step, self._measured_in_fit, self._mark, self.measuring_seconds = kept
 
     def _watched(self, trainer: Trainer) -> bool:
         callbacks: list[object] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue] - set outside __init__
@@ -259,7 +292,7 @@ class LipschitzMonitor(Callback):
             if self._tracker_state is not None:
                 tracker.load_state_dict(self._tracker_state)
             self._tracker, self._tracked, self._tracker_state = tracker, pl_module, None
-        upper, lower = tracker.update(share, floor=_FLOOR)
+        upper, lower = tracker.update(share, floor=_FLOOR if trainer.state.fn == "fit" else _EVALUATION)
         if not (math.isfinite(upper) and math.isfinite(lower)):
             raise LipguardError(f"the measured bounds [{lower:g}, {upper:g}] are not finite; nothing is logged.")
         if lower > upper:
