@@ -32,8 +32,8 @@ _CHUNK = 16
 class CertifiedAccuracy(Callback):
     """Logs the certified accuracy on the validation or test set: correct samples that keep their class on a whole 2-norm ball.
 
-    Logged at the end of validation, and of `trainer.test`: `{prefix}/certified_accuracy@{eps}` for each radius, a lower bound of the accuracy under
-    every attack of that size on the samples treated; `{prefix}/certified_samples`, their number; and
+    Logged at the end of validation, and of `trainer.test`: `{prefix}/certified_accuracy@{eps}` for each radius, a lower bound of
+    the accuracy under every attack of that size on the samples treated; `{prefix}/certified_samples`, their number; and
     `{prefix}/certified_seconds`. The samples are the first of the validation set; where the time ends before they do, the
     share is that of the samples done, and the log says so. With several processes each certifies its own samples.
 
