@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -289,3 +290,83 @@ def domain_from_json(value: Mapping[str, Any] | None) -> Domain | None:
         found = read_fields(value, _BALL, {*_BALL} - {"box"}, "the ball of the record")
         return Ball(found["center"], found["radius"], found["norm"], found.get("box"))
     raise InvalidDomain(f"Unknown kind of domain {kind!r}.")
+
+
+def domain_from(value: object, norm: float = 2.0) -> Domain | None:
+    """The domain that a value means, as people write it: in Python, on a command line, in a YAML file.
+
+    Args:
+        value: a `Box`, a `Ball` or None, which is returned as it is; text, "box:LOWER,UPPER", "ball:RADIUS" (around 0),
+            "ball:CENTRE,RADIUS" or "ball:CENTRE,RADIUS,NORM", where ends and centres are numbers or lists of one number for
+            each input, as in "box:[0,0.1],[1,2]"; or a mapping of the same fields, as {"kind": "box", "lower": 0, "upper": 1}.
+        norm: of a ball that does not say.
+    Raises:
+        InvalidDomain: it is none of these.
+    """
+    if value is None or isinstance(value, Box | Ball):
+        return value
+    if isinstance(value, Mapping):
+        return _of_mapping(dict(value), norm)
+    if not isinstance(value, str):
+        raise InvalidDomain(
+            f"domain is {type(value).__name__}; give lipguard.Box(0, 1) or lipguard.Ball(centre, radius), or text such as "
+            "'box:0,1'."
+        )
+    kind, _, rest = value.strip().partition(":")
+    parts = [_numbers(part) for part in _PARTS.findall(rest)]
+    spelled = all(part is not None for part in parts) and not _PARTS.sub("", rest).strip(" ,")
+    if spelled and kind == "box" and len(parts) == 2:
+        return Box(*parts)  # type: ignore[arg-type]
+    if spelled and kind == "ball" and 1 <= len(parts) <= 3:
+        centre, radius, own = (0.0, *parts, norm) if len(parts) == 1 else (*parts, norm)[:3]
+        if isinstance(radius, float) and isinstance(own, float):
+            return Ball(centre, radius, own)  # type: ignore[arg-type]
+    raise InvalidDomain(
+        f"domain={value!r} is neither box:LOWER,UPPER nor ball:RADIUS nor ball:CENTRE,RADIUS. Write for example 'box:0,1', "
+        "'box:[0,0.1],[1,2]' with one number for each input, or 'ball:0.1'."
+    )
+
+
+_PARTS = re.compile(r"\[[^\[\]]*\]|[^,\[\]]+")
+_FIELDS = {"box": ("lower", "upper"), "ball": ("center", "radius", "norm", "box")}
+
+
+def _numbers(text: str) -> float | list[float] | None:
+    """A number, or a list of them in brackets; None for any other text."""
+    text = text.strip()
+    try:
+        if text.startswith("["):
+            return [float(entry) for entry in text[1:-1].split(",")]
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _of_mapping(fields: dict[str, object], norm: float) -> Domain:
+    kind = fields.pop("kind", "box" if "lower" in fields else "ball")
+    known = _FIELDS.get(str(kind), ())
+    unknown = [name for name in fields if name not in known]
+    missing = [name for name in known[:2] if name not in fields and name != "center"]
+    if not known or unknown or missing:
+        raise InvalidDomain(
+            f"domain has kind={kind!r} with {', '.join(fields) or 'no fields'}; give {{kind: box, lower: 0, upper: 1}} or "
+            "{kind: ball, center: 0, radius: 0.1}."
+        )
+    try:
+        if kind == "box":
+            return Box(_entries(fields["lower"]), _entries(fields["upper"]))
+        box = domain_from(fields.get("box"))
+        if isinstance(box, Ball):
+            raise InvalidDomain("domain: the box of a ball is a ball. Give {kind: box, lower: 0, upper: 1}.")
+        radius, own = float(fields["radius"]), float(fields.get("norm", norm))  # type: ignore[arg-type]
+        return Ball(_entries(fields.get("center", 0.0)), radius, own, box)
+    except (TypeError, ValueError) as error:
+        raise InvalidDomain(
+            f"domain={fields!r}: {error}. Its fields are numbers, or lists of one number for each input."
+        ) from error
+
+
+def _entries(value: object) -> float | list[float] | Tensor:
+    if isinstance(value, Tensor):
+        return value
+    return [float(entry) for entry in value] if isinstance(value, list | tuple) else float(value)  # type: ignore[arg-type]

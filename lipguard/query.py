@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, SupportsIndex
 
+import torch
 from torch import Tensor
 
-from lipguard.domain import NORMS, Ball, Box, Domain
-from lipguard.errors import InvalidDomain, UnsupportedQuery
+from lipguard.domain import NORMS, Domain, domain_from
+from lipguard.errors import UnsupportedQuery
 from lipguard.rendering import clipped, line, norm_text
 
-__all__ = ["Inputs", "Norm", "Outputs", "Query", "norm_pair"]
+__all__ = ["Inputs", "Norm", "Outputs", "Query", "inputs_from", "norm_pair", "outputs_from"]
 
 Norm = float | str | tuple[float | str, float | str]
 """1, 2 or inf (or "inf"), or a pair (input norm, output norm) of them."""
@@ -46,20 +48,94 @@ def norm_pair(norm: Norm | Sequence[float | str]) -> tuple[float, float]:
     return values[0], values[1]
 
 
+def outputs_from(value: Any) -> Outputs | None:
+    """What of the outputs a value means, as people write it: in Python, on a command line, in a YAML file.
+
+    Args:
+        value: an `Outputs` or None; text: "policy.logits" or "0" (one of several tensors), "3,5" (a pair of classes),
+            "[[1,0],[0,1]]" (a matrix), or "policy.logits:3,5" (both); or the same as lists.
+    Raises:
+        UnsupportedQuery: it is none of these.
+    """
+    if value is None or isinstance(value, Tensor) or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    if isinstance(value, str):
+        name, colon, rest = value.rpartition(":")
+        functional = _functional(_parsed(rest))
+        if functional is not None and (name or not colon):
+            return (name, functional) if name else functional
+        return value
+    functional = _functional(value)
+    if functional is not None:
+        return functional
+    if isinstance(value, tuple | list) and len(value) == 2 and isinstance(value[0], int | str):
+        functional = _functional(_parsed(value[1]) if isinstance(value[1], str) else value[1])
+        if functional is not None:
+            return value[0], functional
+    raise UnsupportedQuery(
+        f"outputs={value!r}: give a pair of classes, outputs=(3, 5), a matrix (k, m), the place or name of one of several "
+        "tensors, outputs='policy', or both, outputs=('policy', (3, 5))."
+    )
+
+
+def inputs_from(value: Any) -> Inputs | None:
+    """With respect to what, as people write it: an `Inputs` or None, a place or a name as text, or a matrix as lists.
+
+    Raises:
+        UnsupportedQuery: it is none of these.
+    """
+    if value is None or isinstance(value, Tensor) or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    matrix = _functional(_parsed(value) if isinstance(value, str) else value)
+    if isinstance(matrix, Tensor):
+        return matrix
+    if isinstance(value, str) and value:
+        return value
+    raise UnsupportedQuery(
+        f"inputs={value!r}: give the place or the name of one of several tensors, inputs='x', or a matrix (d, k)."
+    )
+
+
+def _parsed(text: str) -> Any:
+    """A pair of numbers or lists that text holds; else None."""
+    try:
+        return json.loads(text if text.lstrip().startswith("[") else f"[{text}]")
+    except json.JSONDecodeError:
+        return None
+
+
+def _functional(value: Any) -> Functional | None:
+    """A pair of classes, or a matrix, from a sequence of numbers or an array; None for anything else."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, tuple | list):
+        if len(value) == 2 and all(isinstance(one, SupportsIndex) and not isinstance(one, bool | Tensor) for one in value):
+            return int(value[0]), int(value[1])
+        if not value or not all(isinstance(row, tuple | list) for row in value):
+            return None
+    elif not hasattr(value, "__array__"):
+        return None
+    try:
+        matrix = torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return matrix if matrix.ndim == 2 else None
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Query:
     """The constant that is asked for: sup over the domain of the Jacobian's norm from `norm[0]` to `norm[1]`.
 
     Attributes:
         norm: 1, 2 or inf, or a pair (input, output); a pair of floats once constructed.
-        domain: a `Box`, a `Ball`, or None for all inputs.
-        outputs: what of the outputs; None for all.
-        inputs: with respect to what; None for the only input.
+        domain: a `Box`, a `Ball`, None for all inputs, or what `domain_from` reads, with the input norm for a ball's own.
+        outputs: what of the outputs, None for all; or what `outputs_from` reads.
+        inputs: with respect to what, None for the only input; or what `inputs_from` reads.
         submodule: dotted name of a part of the model; None for the whole.
         example: an input that the model accepts, (B, ...); not needed for a `Network`.
     Raises:
-        UnsupportedQuery: a norm other than 1, 2 or inf, or a submodule that is no name.
-        InvalidDomain: the domain is neither a Box nor a Ball.
+        UnsupportedQuery: a norm other than 1, 2 or inf, a submodule that is no name, or outputs or inputs of no known form.
+        InvalidDomain: the domain is none.
     """
 
     norm: Any = (2.0, 2.0)
@@ -70,12 +146,11 @@ class Query:
     example: Any = None
 
     def __post_init__(self) -> None:
-        """Bring the norm to its one form and refuse what has no meaning for any model."""
+        """Bring each field to its one form and refuse what has no meaning for any model."""
         object.__setattr__(self, "norm", norm_pair(self.norm))
-        if self.domain is not None and not isinstance(self.domain, Box | Ball):
-            raise InvalidDomain(
-                f"domain is {type(self.domain).__name__}; give lipguard.Box(0, 1) or lipguard.Ball(centre, radius)."
-            )
+        object.__setattr__(self, "domain", domain_from(self.domain, self.norm[0]))
+        object.__setattr__(self, "outputs", outputs_from(self.outputs))
+        object.__setattr__(self, "inputs", inputs_from(self.inputs))
         if self.submodule is not None and not isinstance(self.submodule, str):
             raise UnsupportedQuery(f"submodule={self.submodule!r}: give the dotted name of a part, such as 'encoder.0'.")
 
