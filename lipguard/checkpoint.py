@@ -62,18 +62,26 @@ def load_module(path: str | os.PathLike[str], *, model: str | None = None, trust
     return module.eval()
 
 
-def example_input(module: nn.Module, shape: tuple[int, ...] | None = None) -> Tensor:
+def example_input(module: nn.Module, shape: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None) -> Any:
     """An input to capture `module` with: zeros of `shape`, its `example_input_array`, or zeros for its first Linear layer.
+
+    Args:
+        module: what is captured.
+        shape: with its batch dimension; of a module of several inputs one for each by its name.
 
     Raises:
         InvalidExample: nothing tells the shape.
     """
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(0))
+    if isinstance(shape, Mapping):
+        return {name: torch.zeros(sizes, dtype=like.dtype) for name, sizes in shape.items()}
     if shape is not None:
         return torch.zeros(shape, dtype=like.dtype)
     example = getattr(module, "example_input_array", None)
     if isinstance(example, (tuple, list)) and len(example) == 1:
         example = example[0]
+    if isinstance(example, tuple | list | Mapping) and example:
+        return example
     if isinstance(example, Tensor):
         return example.to(like.dtype) if example.is_floating_point() else example
     # Only where the first layer with weights is a Linear does its in_features tell the input's shape.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex
 
@@ -96,6 +96,11 @@ def inputs_from(value: Any) -> Inputs | None:
     )
 
 
+def _apart(outputs: Any) -> tuple[int | str | None, Any]:
+    """Which tensor, None where the outputs do not say, and the rest."""
+    return outputs if isinstance(outputs, tuple) and isinstance(outputs[1], Tensor | tuple) else (None, outputs)
+
+
 def _parsed(text: str) -> Any:
     """A pair of numbers or lists that text holds; else None."""
     try:
@@ -158,6 +163,25 @@ class Query:
         stated = [(name, getattr(self, name)) for name in ("domain", "outputs", "inputs", "submodule", "example")]
         given = [f"{name}={_short(value)}" for name, value in stated if value is not None]
         return line("Query", [f"norm={norm_text(self.norm)}", *given])
+
+    def json(self) -> dict[str, Any]:
+        """The query as JSON values, all but the example, from which `of_json` restores it."""
+        which, functional = _apart(self.outputs)
+        plain = functional.tolist() if isinstance(functional, Tensor) else functional
+        plain = list(plain) if isinstance(plain, tuple) else plain
+        return {
+            "norm": [str(p) for p in self.norm],
+            "domain": None if self.domain is None else self.domain.json(),
+            "outputs": plain if which is None else [which, plain],
+            "inputs": self.inputs.tolist() if isinstance(self.inputs, Tensor) else self.inputs,
+            "submodule": self.submodule,
+        }
+
+    @staticmethod
+    def of_json(value: Mapping[str, Any], domain: Domain | None) -> Query:
+        """Inverse of `json`; what a record does not name is the whole."""
+        chosen = {name: value.get(name) for name in ("outputs", "inputs", "submodule")}
+        return Query(tuple(value["norm"]), domain, **chosen)  # type: ignore[arg-type]
 
     def of_network(self) -> Query:
         """What is left to ask once the network has been read: norm and domain."""

@@ -21,7 +21,7 @@ from lipguard.errors import LipguardError, NotCertified
 from lipguard.network import Network
 from lipguard.network.record import read_node, write_part
 from lipguard.programs.rewriting import slope_restricted
-from lipguard.query import Outputs
+from lipguard.query import Inputs, Outputs
 
 __all__ = ["Recipe", "captured", "rebuild", "recipe_of"]
 
@@ -45,10 +45,11 @@ _Key = tuple[int, int, tuple[int, ...], tuple[int, ...], torch.dtype]
 
 def captured(
     model: nn.Module,
-    example: Tensor,
+    example: Any,
     *,
     submodule: str | None = None,
     outputs: Outputs | None = None,
+    inputs: Inputs | None = None,
 ) -> tuple[Network, Recipe]:
     """The network of a module, as `lipguard.capture` gives it, and the recipe that rebuilds it from the module's state_dict.
 
@@ -58,7 +59,7 @@ def captured(
     weights = model.state_dict(keep_vars=True)
     watcher = _Watcher(weights)
     with watcher:
-        network = capture(model, example, submodule=submodule, outputs=outputs)
+        network = capture(model, example, submodule=submodule, outputs=outputs, inputs=inputs)
     recipe = _recipe(network, watcher)
     tensors = {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
     # A module that writes into its constants while it runs could mislead the watcher: then the tensors are stored.

@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -15,16 +15,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lipguard import __version__, registry
-from lipguard.audit.encoding import certificate_json, finite
+from lipguard import __version__
+from lipguard.audit.encoding import certificate_json
+from lipguard.audit.options import Options
 from lipguard.audit.recipe import captured, rebuild, recipe_of
 from lipguard.audit.record import AuditRecord, record_path, write_record
 from lipguard.audit.weights import Contents, read_contents
 from lipguard.bounds import bound
-from lipguard.certificate import Certificate, Domain, Enclosure, Norm, domain_from_json, norm_pair
-from lipguard.errors import Contradiction, InvalidModel, LipguardError, NotCertified, UnknownName, UnsupportedQuery
-from lipguard.exact import METHODS, exact
+from lipguard.certificate import Certificate, Domain, Enclosure, Norm
+from lipguard.errors import Contradiction, InvalidModel, LipguardError, NotCertified
+from lipguard.exact import exact
 from lipguard.network import Network
+from lipguard.query import Inputs, Outputs, Query
 from lipguard.solvers.threads import limited_threads, one_thread
 from lipguard.verify import verify
 
@@ -44,61 +46,6 @@ _SHARE = 0.25
 """Of the time limit, for the bounds that stand if the exact method does not finish."""
 
 _PACKAGES = ("torch", "numpy", "scipy", "gurobipy", "pyscipopt", "highspy", "scs", "clarabel")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What an audit is asked for.
-
-    Attributes:
-        norm: 1, 2 or inf, or a pair (input, output).
-        domain: Box, Ball or None for all inputs.
-        method: "auto" or an exact method of `lipguard.exact`; "bounds" for `lipguard.bound` and sampling alone.
-        solver: as for `lipguard.exact`.
-        time_limit: seconds for one audit.
-        gap: relative gap at which to stop.
-    """
-
-    norm: Norm = 2
-    domain: Domain | None = None
-    method: str = "auto"
-    solver: str = "auto"
-    time_limit: float = 60.0
-    gap: float = 1e-6
-
-    def check(self) -> None:
-        """Refuse what no network could make valid.
-
-        Raises:
-            LipguardError: an unknown norm, method or solver, an empty or reversed domain, a time limit that is not positive.
-        """
-        norm_pair(self.norm)
-        if self.method not in ("auto", "bounds", *METHODS):
-            raise UnknownName(f"method={self.method!r}: there are {', '.join(METHODS)}, 'bounds' and 'auto'.")
-        if self.solver != "auto" and self.solver not in registry.solvers():
-            raise UnknownName(f"no solver is called {self.solver!r}. There are: {', '.join(registry.solvers())}, and 'auto'.")
-        if not 0 < self.time_limit < float("inf") or not 0 <= self.gap < 1:
-            raise UnsupportedQuery(
-                f"time_limit={self.time_limit!r} must be positive and finite, gap={self.gap!r} at least 0 and below 1."
-            )
-        if self.domain is not None:
-            ends = (value for name in ("lower", "upper", "center") if (value := getattr(self.domain, name, None)) is not None)
-            self.domain.bounds(max(_length(end) for end in ends))
-
-    def json(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(query, options) as JSON values of a record."""
-        domain = None if self.domain is None else finite(self.domain.json())
-        query = {"norm": [str(p) for p in norm_pair(self.norm)], "domain": domain}
-        return query, {"method": self.method, "solver": self.solver, "time_limit": float(self.time_limit), "gap": float(self.gap)}
-
-    @staticmethod
-    def of(query: Mapping[str, Any], options: Mapping[str, Any]) -> Options:
-        """Inverse of `json`."""
-        return Options(norm_pair(tuple(query["norm"])), domain_from_json(query["domain"]), **options)
-
-
-def _length(value: float | Sequence[float] | Tensor) -> int:
-    return value.numel() if isinstance(value, Tensor) else len(value) if isinstance(value, Sequence) else 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +78,7 @@ def audit_network(network: Network, options: Options) -> Outcome:
     found: list[Certificate] = []
     notes: list[str] = []
     status, failure = "bounds only", None
-    query: dict[str, Any] = {"norm": norm_pair(options.norm), "domain": options.domain}
+    query: dict[str, Any] = {"norm": options.norm, "domain": options.domain}
     with limited_threads(1), one_thread():
         for method in (None, "sampling"):
             try:
@@ -156,7 +103,7 @@ def _search(
     network: Network, options: Options, started: float, found: list[Certificate], notes: list[str]
 ) -> tuple[str, str | None]:
     """The exact method's certificates, added to those found; its status, and what failed or None."""
-    asked: dict[str, Any] = {"norm": norm_pair(options.norm), "domain": options.domain, "gap": options.gap}
+    asked: dict[str, Any] = {"norm": options.norm, "domain": options.domain, "gap": options.gap}
 
     def run(method: str) -> Enclosure:
         remaining = max(options.time_limit - (time.monotonic() - started), 0.1)
@@ -281,10 +228,14 @@ def _record(
 def audit_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
-    example: Tensor,
+    example: Any,
     options: Options | None = None,
     *,
+    norm: Norm | None = None,
+    domain: Domain | str | Mapping[str, Any] | None = None,
     submodule: str | None = None,
+    outputs: Outputs | None = None,
+    inputs: Inputs | None = None,
     write: bool = True,
 ) -> AuditRecord:
     """Audit a checkpoint file and write the record beside it.
@@ -292,25 +243,28 @@ def audit_checkpoint(
     Args:
         path: the checkpoint.
         model: the module with the checkpoint's weights loaded, such as `lipguard.checkpoint.load_module` gives.
-        example: an input, shape (1, ...).
+        example: an input, shape (1, ...); a tuple or a mapping of tensors, where the module takes several.
         options: norm, domain, method, solver and time limit.
-        submodule: dotted name of a part to audit.
+        norm, domain, submodule, outputs, inputs: as for `lipguard.bound`, where the options do not hold them.
         write: write `<path>.lipguard.json`.
     Raises:
         LipguardError: the module cannot be captured, the file cannot be read, or the options have no meaning. A method
             that fails is recorded, not raised.
     """
     options = options or Options()
+    options = options.asking(domain=domain, submodule=submodule, outputs=outputs, inputs=inputs)
+    if norm is not None:
+        options = replace(options, norm=norm)
     options.check()
     contents = read_contents(path)
-    subject = subject_of(model, example, submodule, contents)
+    subject = subject_of(model, replace(options.query, example=example), contents)
     record = make_record(Path(path).name, contents, subject, options)
     if write:
         write_record(record, record_path(path))
     return record
 
 
-def subject_of(model: nn.Module, example: Tensor, submodule: str | None, contents: Contents) -> Subject:
+def subject_of(model: nn.Module, query: Query, contents: Contents) -> Subject:
     """What to audit of a module that was loaded from a file with these contents.
 
     A file that holds a whole module and no state_dict is tied to its record by its SHA-256 alone.
@@ -318,23 +272,23 @@ def subject_of(model: nn.Module, example: Tensor, submodule: str | None, content
     Raises:
         LipguardError: the module cannot be captured, or does not hold the file's weights.
     """
-    network, recipe = captured(model, example, submodule=submodule)
+    network, recipe = captured(model, query.example, submodule=query.submodule, outputs=query.outputs, inputs=query.inputs)
     if not contents.weights:
         recipe = recipe_of(network)
     elif rebuild(recipe, contents.weights).digest != network.digest:
         raise InvalidModel("the module does not hold the checkpoint's weights: load its state_dict first.")
-    return Subject(describe(model, example, submodule), recipe)
+    return Subject(describe(model, query), recipe)
 
 
-def describe(model: nn.Module, example: Tensor | None, submodule: str | None) -> dict[str, Any]:
-    """What a record says of the model: its class, initial arguments as text, input shape and submodule."""
-    kind = type(model)
+def describe(model: nn.Module, query: Query) -> dict[str, Any]:
+    """What a record says of the model: its class, initial arguments as text, submodule, and the input's shape if it has one."""
+    kind, example = type(model), query.example
     arguments = getattr(model, "hparams", {})
     return {
         "class": f"{kind.__module__}.{kind.__qualname__}",
         "arguments": {str(name): str(value)[:200] for name, value in dict(arguments).items()},
-        "input_shape": None if example is None else [1, *example.shape[1:]],
-        "submodule": submodule,
+        "input_shape": [1, *example.shape[1:]] if isinstance(example, Tensor) else None,
+        "submodule": query.submodule,
     }
 
 

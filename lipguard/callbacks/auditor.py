@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 import threading
 import time
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
 
 from lipguard.audit.pending import Pending, drop, fail, pending_in, pending_path, prepare
 from lipguard.audit.pool import Finished, Pool
@@ -22,13 +20,14 @@ from lipguard.audit.recipe import captured
 from lipguard.audit.record import AuditRecord, read_record, record_path
 from lipguard.audit.run import Options, Subject, describe
 from lipguard.audit.weights import fingerprint
+from lipguard.callbacks.asked import Asked, named, number, whole
 from lipguard.callbacks.base import Callback
 from lipguard.callbacks.checkpoint_saves import bypassed, watch
-from lipguard.callbacks.example import first_sample, module_example
 from lipguard.callbacks.progress import waiting
 from lipguard.certificate import Ball, Box
-from lipguard.errors import InvalidExample, LimitExceeded, LipguardError, UnsupportedQuery
+from lipguard.errors import LimitExceeded, LipguardError, UnsupportedQuery
 from lipguard.outward import narrowed, show_interval, show_lower
+from lipguard.query import Inputs, Norm, Outputs
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -52,7 +51,7 @@ class CheckpointAuditor(Callback):
     upper end than the verified one.
 
     Args:
-        domain: a `Box` or a `Ball` of inputs; None means all inputs.
+        domain: a `Box` or a `Ball` of inputs, or text such as "box:0,1"; None means all inputs.
         norm: 1, 2 or inf, or a pair (input, output) of them.
         method: exact method, as for `lipguard.exact`; "bounds" for none.
         solver: solver of the exact method, as for `lipguard.exact`.
@@ -68,6 +67,8 @@ class CheckpointAuditor(Callback):
         example: an input of the network, or of the submodule; None takes the module's `example_input_array`, or else the
             first training batch.
         gap: relative gap at which an audit is closed.
+        outputs, inputs: what of the outputs, and with respect to what, as for `lipguard.bound`: outputs="policy.logits" for one
+            of several tensors that the network returns.
 
     Example::
 
@@ -76,8 +77,8 @@ class CheckpointAuditor(Callback):
 
     def __init__(
         self,
-        domain: Box | Ball | None = None,
-        norm: float | tuple[float, float] = 2,
+        domain: Box | Ball | str | dict[str, Any] | None = None,
+        norm: Norm = 2,
         method: str = "auto",
         solver: str = "auto",
         submodule: str | None = None,
@@ -87,25 +88,27 @@ class CheckpointAuditor(Callback):
         max_lipschitz: float | None = None,
         on_violation: Literal["warn", "stop", "raise"] = "warn",
         prefix: str = "lipschitz/audit",
-        example: Tensor | None = None,
+        example: Any = None,
         gap: float = 1e-6,
+        outputs: Outputs | list[Any] | None = None,
+        inputs: Inputs | list[Any] | None = None,
     ) -> None:
         super().__init__()
-        self.options = Options(norm, domain, method, solver, time_limit, gap)
-        self.options.check()
-        for name, count in (("max_workers", max_workers), ("every_n_checkpoints", every_n_checkpoints)):
-            if count < 1:
-                raise UnsupportedQuery(f"CheckpointAuditor: {name}={count!r} must be at least 1.")
+        who = "CheckpointAuditor"
+        self.asked = Asked(who, norm=norm, domain=domain, submodule=submodule, outputs=outputs, inputs=inputs, example=example)
+        self.options = Options(method=method, solver=solver, time_limit=time_limit, gap=gap, query=self.asked.query)
+        with named(who):
+            self.options.check()
+        whole(who, max_workers=max_workers, every_n_checkpoints=every_n_checkpoints)
         if on_violation not in ("warn", "stop", "raise"):
             raise UnsupportedQuery(f"CheckpointAuditor: on_violation={on_violation!r} must be 'warn', 'stop' or 'raise'.")
-        if max_lipschitz is not None and not 0 <= max_lipschitz < math.inf:
-            raise UnsupportedQuery(f"CheckpointAuditor: max_lipschitz={max_lipschitz!r} must be a finite number >= 0.")
-        self.submodule, self.example, self.prefix = submodule, example, prefix
+        if max_lipschitz is not None:
+            number(who, "a finite number >= 0", lambda value: value >= 0, max_lipschitz=max_lipschitz)
+        self.prefix = prefix
         self.max_workers, self.every_n_checkpoints = max_workers, every_n_checkpoints
         self.max_lipschitz, self.on_violation = max_lipschitz, on_violation
         self.records: dict[Path, AuditRecord] = {}
         self._pool = Pool(max_workers)
-        self._batch_example: Tensor | None = None
         self._saves, self._saved_step = 0, -1
         self._digests: dict[str, Path] = {}
         self._twins: dict[Path, Path] = {}
@@ -164,9 +167,19 @@ class CheckpointAuditor(Callback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes up the audits that an earlier training left pending."""
+        """Takes up the audits that an earlier training left pending.
+
+        Raises:
+            UnknownName: the module has no such submodule.
+        """
+        self.asked.check(pl_module)
         if self._undo is None:
             return
+        if not trainer.checkpoint_callbacks:
+            self._warn(
+                "the Trainer has no ModelCheckpoint: only what trainer.save_checkpoint writes is audited. Add one to the "
+                "Trainer's callbacks."
+            )
         callbacks: list[Any] = trainer.checkpoint_callbacks
         folders = {getattr(callback, "dirpath", None) for callback in callbacks}
         if trainer.ckpt_path:
@@ -182,8 +195,7 @@ class CheckpointAuditor(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remembers the first sample of the first batch."""
-        if self._batch_example is None and self.example is None and pl_module.example_input_array is None:
-            self._batch_example = first_sample(batch)
+        self.asked.see(pl_module, batch)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Takes in what has been audited."""
@@ -250,32 +262,19 @@ class CheckpointAuditor(Callback):
     def _subject(self, trainer: Trainer, payload: dict[str, Any]) -> Subject:
         """The network in the payload: a copy of the module, given the weights that are saved."""
         module = trainer.lightning_module
-        example: Tensor | None = None
+        query = self.options.query
         try:
-            example = self._example(trainer, module)
+            query = self.asked.at(trainer, module)
             with torch.inference_mode(False), torch.no_grad():
                 # Lightning leaves the Trainer out of a module's copies.
                 double = copy.deepcopy(module).to("cpu")
                 double.load_state_dict(payload["state_dict"], strict=True)
-                _, recipe = captured(double, example.to("cpu"), submodule=self.submodule)
-            return Subject(describe(module, example, self.submodule), recipe)
+                _, recipe = captured(double, query.example, submodule=query.submodule, outputs=query.outputs, inputs=query.inputs)
+            return Subject(describe(module, query), recipe)
         except Exception as error:  # recorded in the checkpoint's record; the training goes on
             failure = " ".join(f"{type(error).__name__}: {error}".split())
             self._warn(f"a checkpoint's network cannot be audited: {failure}")
-            return Subject(describe(module, example, self.submodule), None, failure)
-
-    def _example(self, trainer: Trainer, module: LightningModule) -> Tensor:
-        example = self.example
-        if example is None:
-            example = module_example(trainer, module)
-        if example is None:
-            example = self._batch_example
-        if example is None:
-            raise InvalidExample(
-                f"{type(module).__name__} has no example_input_array and its first training batch holds no floating-point "
-                "tensor. Give CheckpointAuditor(example=...)."
-            )
-        return example
+            return Subject(describe(module, query), None, failure)
 
     def _after(self, trainer: Trainer, path: Path) -> None:
         self._written.append(path)

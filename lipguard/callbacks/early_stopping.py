@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
+from lipguard.callbacks.asked import number, refuse
 from lipguard.callbacks.base import Callback
 from lipguard.callbacks.monitor import LipschitzMonitor
 from lipguard.errors import UnsupportedQuery
+from lipguard.query import Norm
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -29,17 +30,30 @@ class LipschitzEarlyStopping(Callback):
         limit: largest bound allowed.
         patience: measurements above the limit, in a row, that are still forgiven.
         prefix: that of the monitor.
+        norm, domain, submodule, example, outputs, inputs: refused, as the monitor says what is bounded.
 
     Attributes:
         stopped_step: optimizer steps taken when the training was stopped; None while it was not.
     """
 
-    def __init__(self, limit: float, patience: int = 0, prefix: str = "lipschitz") -> None:
+    def __init__(
+        self,
+        limit: float,
+        patience: int = 0,
+        prefix: str = "lipschitz",
+        norm: Norm | None = None,
+        domain: object = None,
+        submodule: str | None = None,
+        example: object = None,
+        outputs: object = None,
+        inputs: object = None,
+    ) -> None:
         super().__init__()
-        if not 0 <= limit < math.inf:
-            raise UnsupportedQuery(f"LipschitzEarlyStopping: limit={limit!r} must be a finite number >= 0.")
-        if patience < 0:
-            raise UnsupportedQuery(f"LipschitzEarlyStopping: patience={patience!r} must be at least 0.")
+        who = "LipschitzEarlyStopping"
+        asked = {"norm": norm, "domain": domain, "submodule": submodule, "example": example, "outputs": outputs, "inputs": inputs}
+        refuse(who, "the bound compared is the monitor's. Give it to LipschitzMonitor, and its prefix=... here.", **asked)
+        number(who, "a finite number >= 0", lambda value: value >= 0, limit=limit)
+        number(who, "at least 0, a whole number", lambda value: value >= 0 and value == int(value), patience=patience)
         self.limit, self.patience, self.prefix = limit, patience, prefix
         self.above = 0
         self.stopped_step: int | None = None

@@ -1,19 +1,13 @@
-"""The example input a callback captures the network with: from the module or from the first training batch."""
+"""What a training batch holds: its first sample, its inputs and labels."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lipguard.errors import InvalidExample
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
-
-__all__ = ["described", "first_sample", "inputs_and_labels", "module_example"]
+__all__ = ["described", "first_sample", "inputs_and_labels"]
 
 
 def first_sample(batch: object) -> Tensor | None:
@@ -31,28 +25,6 @@ def first_sample(batch: object) -> Tensor | None:
     else:
         return None
     return next((found for part in parts if (found := first_sample(part)) is not None), None)
-
-
-def module_example(trainer: Trainer, pl_module: LightningModule) -> Tensor | None:
-    """The module's `example_input_array` on the module's device and in the Trainer's precision; None if it has none.
-
-    Raises:
-        InvalidExample: the module takes several inputs.
-    """
-    example = pl_module.example_input_array
-    if isinstance(example, Mapping):
-        example = tuple(example.values())
-    if isinstance(example, Sequence):
-        if len(example) != 1:
-            raise InvalidExample(
-                f"{type(pl_module).__name__}.example_input_array holds {len(example)} inputs, a Lipschitz constant is that of a "
-                "function of one. Bound a submodule with submodule=..., and give its example=..."
-            )
-        example = example[0]
-    if example is None:
-        return None
-    converted = trainer.precision_plugin.convert_input(torch.as_tensor(example).detach())
-    return converted.to(pl_module.device)
 
 
 def inputs_and_labels(batch: object) -> tuple[Tensor | None, Tensor | None]:

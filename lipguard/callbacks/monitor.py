@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from lipguard.bounds.tracker import Measurement, Tracker
+from lipguard.callbacks.asked import Asked, named, number, on_failure_of, whole
 from lipguard.callbacks.base import Callback
-from lipguard.callbacks.example import first_sample, module_example
 from lipguard.certificate import Ball, Box
-from lipguard.errors import Contradiction, InvalidExample, LipguardError, UnsupportedQuery
+from lipguard.errors import Contradiction, LipguardError, UnsupportedQuery
 from lipguard.outward import for_bar, narrowed
+from lipguard.query import Inputs, Norm, Outputs, Query
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -54,8 +55,8 @@ class LipschitzMonitor(Callback):
         method: method of the upper bound, as for `lipguard.bound`; None chooses the tightest affordable for the norm and the
             network's size, and warns once where that is not one multiplier a neuron.
         norm: 1, 2 or inf, or a pair (input, output) of them.
-        domain: a `Box` or a `Ball` of inputs; None means all inputs. Networks of up to 400 neurons get the local bound, larger
-            ones the global one, which holds on every domain.
+        domain: a `Box` or a `Ball` of inputs, or text such as "box:0,1"; None means all inputs. Networks of up to 400 neurons
+            get the local bound, larger ones the global one, which holds on every domain.
         every_n_epochs: measure at the end of every n-th epoch; None for never.
         every_n_train_steps: measure after every n-th optimizer step; None for never.
         submodule: dotted name of the submodule to bound; None for the whole module's `forward`.
@@ -69,6 +70,11 @@ class LipschitzMonitor(Callback):
         example: an input of the network, or of the submodule; None takes the module's `example_input_array`, or else the
             first training batch.
         solver: solver that proposes the bound, as for `lipguard.bound`.
+        outputs, inputs: what of the outputs, and with respect to what, as for `lipguard.bound`: outputs="policy.logits" for one
+            of several tensors that the network returns.
+
+    Raises:
+        LipguardError: an argument that no module could make valid; the message says which, and what to write.
 
     Example::
 
@@ -83,8 +89,8 @@ class LipschitzMonitor(Callback):
     def __init__(
         self,
         method: str | None = None,
-        norm: float | tuple[float, float] = 2,
-        domain: Box | Ball | None = None,
+        norm: Norm = 2,
+        domain: Box | Ball | str | dict[str, Any] | None = None,
         every_n_epochs: int | None = 1,
         every_n_train_steps: int | None = None,
         submodule: str | None = None,
@@ -93,30 +99,29 @@ class LipschitzMonitor(Callback):
         prog_bar: bool = False,
         prefix: str = "lipschitz",
         on_failure: Literal["warn", "raise", "ignore"] = "warn",
-        example: Tensor | None = None,
+        example: Any = None,
         solver: str = "auto",
+        outputs: Outputs | list[Any] | None = None,
+        inputs: Inputs | list[Any] | None = None,
     ) -> None:
         super().__init__()
-        for name, every in (("every_n_epochs", every_n_epochs), ("every_n_train_steps", every_n_train_steps)):
-            if every is not None and every < 1:
-                raise UnsupportedQuery(f"LipschitzMonitor: {name}={every!r} must be at least 1, or None for never.")
+        who = "LipschitzMonitor"
+        self.asked = Asked(who, norm=norm, domain=domain, submodule=submodule, outputs=outputs, inputs=inputs, example=example)
+        self.method, self.solver = method, solver
+        with named(who):
+            self._tracking(None, self.asked.query)  # names, options and norms that no module could make valid
+        whole(who, none=True, every_n_epochs=every_n_epochs, every_n_train_steps=every_n_train_steps)
         if every_n_epochs is None and every_n_train_steps is None:
             raise UnsupportedQuery("LipschitzMonitor would never measure: give every_n_epochs or every_n_train_steps.")
-        if not 0 <= max_overhead < math.inf:
-            raise UnsupportedQuery(f"LipschitzMonitor: max_overhead={max_overhead!r} must be a share >= 0, such as 0.02.")
-        if on_failure not in ("warn", "raise", "ignore"):
-            raise UnsupportedQuery(f"LipschitzMonitor: on_failure={on_failure!r} must be 'warn', 'raise' or 'ignore'.")
-        self.method, self.norm, self.domain, self.solver = method, norm, domain, solver
+        number(who, "a share >= 0, such as 0.02", lambda share: share >= 0, max_overhead=max_overhead)
         self.every_n_epochs, self.every_n_train_steps = every_n_epochs, every_n_train_steps
-        self.submodule, self.example = submodule, example
-        self.max_overhead, self.on_failure = max_overhead, on_failure
+        self.max_overhead, self.on_failure = max_overhead, on_failure_of(who, on_failure)
         self.log_per_layer, self.prog_bar, self.prefix = log_per_layer, prog_bar, prefix
         self.failed = 0
         self.measuring_seconds, self.training_seconds = 0.0, 0.0
         self._tracker: Tracker | None = None
         self._tracked: LightningModule | None = None
         self._tracker_state: dict[str, Any] | None = None
-        self._batch_example: Tensor | None = None
         self._mark: float | None = None
         self._measured_step, self._triggered_step = -1, 0
         self._measured_in_fit, self._warned, self._told_choice = False, False, False
@@ -153,10 +158,19 @@ class LipschitzMonitor(Callback):
         self.failed = state_dict["failed"]
         self._measured_step, self._triggered_step = state_dict["measured_step"], state_dict["triggered_step"]
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses a submodule that the module does not have.
+
+        Raises:
+            UnknownName: there is no such submodule.
+        """
+        self.asked.check(pl_module)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock and forgets the network of an earlier training."""
         if self._tracked is not pl_module:
-            self._tracker, self._tracked, self._batch_example = None, None, None
+            self._tracker, self._tracked = None, None
+            self.asked.forget()
         if trainer.global_step == 0:
             self._measured_step, self._triggered_step = -1, 0
         self._measured_in_fit = False
@@ -166,8 +180,7 @@ class LipschitzMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remembers the first sample of the first batch."""
-        if self._batch_example is None and self.example is None and pl_module.example_input_array is None:
-            self._batch_example = first_sample(batch)
+        self.asked.see(pl_module, batch)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measures after every `every_n_train_steps` optimizer steps."""
@@ -280,15 +293,7 @@ class LipschitzMonitor(Callback):
             )
         tracker = self._tracker
         if tracker is None or self._tracked is not pl_module:
-            tracker = Tracker(
-                pl_module,
-                self._example(trainer, pl_module),
-                method=self.method,
-                norm=self.norm,
-                domain=self.domain,
-                submodule=self.submodule,
-                solver=self.solver,
-            )
+            tracker = self._tracking(pl_module, self.asked.at(trainer, pl_module))
             if self._tracker_state is not None:
                 tracker.load_state_dict(self._tracker_state)
             self._tracker, self._tracked, self._tracker_state = tracker, pl_module, None
@@ -306,18 +311,18 @@ class LipschitzMonitor(Callback):
             values |= {f"layer/{name}": norm for name, norm in tracker.last.layers.items() if math.isfinite(norm)}
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
-    def _example(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
-        example = self.example
-        if example is None:
-            example = module_example(trainer, pl_module)
-        if example is None:
-            example = self._batch_example
-        if example is None:
-            raise InvalidExample(
-                f"{type(pl_module).__name__} has no example_input_array and its first training batch holds no floating-point "
-                "tensor. Give LipschitzMonitor(example=...)."
-            )
-        return example.to(pl_module.device)
+    def _tracking(self, module: Any, query: Query) -> Tracker:
+        return Tracker(
+            module,
+            query.example,
+            method=self.method,
+            norm=query.norm,
+            domain=query.domain,
+            submodule=query.submodule,
+            solver=self.solver,
+            outputs=query.outputs,
+            inputs=query.inputs,
+        )
 
     def _fail(self, error: Exception) -> None:
         self.failed += 1

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from lipguard.callbacks.asked import Asked, number, refuse
 from lipguard.callbacks.base import Callback
 from lipguard.callbacks.checkpoint_saves import bypassed
-from lipguard.callbacks.example import first_sample, module_example
-from lipguard.certificate import norm_pair
-from lipguard.errors import InvalidExample, UnknownName, UnsupportedQuery
+from lipguard.errors import UnknownName, UnsupportedQuery
 from lipguard.penalties.projection import Layer, layers_of
+from lipguard.query import Norm
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -40,9 +39,12 @@ class LipschitzProjection(Callback):
         norm: 1, 2 or inf.
         submodule: dotted name of the part whose layers are projected; None for all.
         layers: dotted names of the layers to project; None for all.
-        example: an input of the module; None takes its `example_input_array`, or else the first training batch.
+        example: an input of the module, or of the submodule; None takes its `example_input_array`, or else the first training
+            batch. A tuple or a mapping of tensors, where it takes several.
+        domain, outputs, inputs: refused: a layer's norm is that on all inputs, and whole layers are scaled.
 
     Raises:
+        LipguardError: an argument that no module could make valid; the message says which, and what to write.
         UnsupportedLayer: at the start of the training, for a layer whose norm or weight is not known, with its name.
 
     Source: Gouk, Frank, Pfahringer, Cree 2021, arXiv:1804.04368.
@@ -51,19 +53,26 @@ class LipschitzProjection(Callback):
     def __init__(
         self,
         max_norm: float,
-        norm: float = 2,
+        norm: Norm = 2,
         submodule: str | None = None,
         layers: Sequence[str] | None = None,
-        example: Tensor | None = None,
+        example: Any = None,
+        domain: object = None,
+        outputs: object = None,
+        inputs: object = None,
     ) -> None:
         super().__init__()
-        if not 0 < max_norm < math.inf:
-            raise UnsupportedQuery(f"LipschitzProjection: max_norm={max_norm!r} must be a finite number > 0.")
-        pair = norm_pair(norm)
+        who = "LipschitzProjection"
+        number(who, "a finite number > 0", lambda value: value > 0, max_norm=max_norm)
+        refuse(who, "the norm of a layer is that on all inputs. Leave domain out.", domain=domain)
+        whole = "whole layers are scaled, every one that runs. Choose them with submodule=... or layers=[...]."
+        refuse(who, whole, outputs=outputs, inputs=inputs)
+        self.asked = Asked(who, norm=norm, submodule=submodule, example=example)
+        pair = self.asked.query.norm
         if pair[0] != pair[1]:
             raise UnsupportedQuery(f"LipschitzProjection: norm={norm!r} must be one norm, 1, 2 or inf.")
         self.max_norm, self.norm = max_norm, pair[0]
-        self.submodule, self.layers, self.example = submodule, layers, example
+        self.submodule, self.layers = submodule, layers
         self.projected: list[Layer] = []
         self._module: LightningModule | None = None
         self._step = 0
@@ -78,24 +87,27 @@ class LipschitzProjection(Callback):
         if stage == "fit" and sharding is not None:
             raise UnsupportedQuery(f"LipschitzProjection: {sharding} shards the network, so that no rank can project it.")
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses a submodule that the module does not have.
+
+        Raises:
+            UnknownName: there is no such submodule.
+        """
+        self.asked.check(pl_module)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the layers, if an example is at hand, and projects the first weights."""
         self._step = trainer.global_step
         self.projected, self._module = [], None
-        example = self.example if self.example is not None else module_example(trainer, pl_module)
-        if example is not None:
-            self._find(pl_module, example.to(pl_module.device))
+        self.asked.forget()
+        if self.asked.find(trainer, pl_module) is not None:
+            self._find(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Finds the layers by the first batch where no other example was at hand."""
         if self._module is None:
-            example = first_sample(batch)
-            if example is None:
-                raise InvalidExample(
-                    f"{type(pl_module).__name__} has no example_input_array and its first training batch holds no floating-point "
-                    "tensor. Give LipschitzProjection(example=...)."
-                )
-            self._find(pl_module, example.to(pl_module.device))
+            self.asked.see(pl_module, batch)
+            self._find(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Projects after a real optimizer step."""
@@ -123,13 +135,10 @@ class LipschitzProjection(Callback):
                 if math.isfinite(norm) and norm > self.max_norm:
                     layer.scale(self.max_norm / norm)
 
-    def _find(self, pl_module: LightningModule, example: Tensor) -> None:
+    def _find(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        example = self.asked.at(trainer, pl_module).example
         self._module = pl_module
-        found, fixed = layers_of(pl_module, example)
-        prefix = f"{self.submodule}." if self.submodule else ""
-        if prefix:
-            pl_module.get_submodule(self.submodule or "")
-            found = [layer for layer in found if f"{layer.name}.".startswith(prefix)]
+        found, fixed = layers_of(pl_module, example, self.submodule)
         if self.layers is not None:
             known = {layer.name for layer in found}
             unknown = [name for name in self.layers if name not in known]

@@ -5,21 +5,27 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lipguard.callbacks.asked import Asked, number, on_failure_of
 from lipguard.callbacks.base import Callback
 from lipguard.callbacks.checkpoint_saves import bypassed
-from lipguard.callbacks.example import described, first_sample, inputs_and_labels, module_example
+from lipguard.callbacks.example import described, inputs_and_labels
+from lipguard.callbacks.penalty_options import check_goal, penalty_options
+from lipguard.capture.selection import selected
+from lipguard.certificate import Ball, Box
 from lipguard.errors import InvalidExample, LipguardError, UnsupportedQuery
 from lipguard.outward import narrowed
 from lipguard.penalties import NAMES, Penalty, build
 from lipguard.penalties.clip import evaluating
 from lipguard.penalties.control import Controller, Discrepancy, Fixed, Target
 from lipguard.penalties.gauge import Gauge, check_target, check_trial
+from lipguard.query import Inputs, Norm, Outputs, Query
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -59,10 +65,15 @@ class LipschitzRegularizer(Callback):
         warmup_steps: optimizer steps at the beginning during which the weight is 0.
         submodule: dotted name of the part to regularise; None for the whole module's `forward`.
         example: an input of the network; None takes the module's `example_input_array`, or else the first training batch.
+            A tuple or a mapping of tensors, where it takes several.
         unpack: batch -> (inputs, labels), for penalties that need them; None takes the first floating-point tensor of the
             batch and the first integer tensor of the same length.
         prefix: first part of the names logged.
         on_failure: "warn" (once), "ignore" or "raise" when a penalty fails in a step; the step is then taken without it.
+        outputs, inputs: what of the outputs, and with respect to what, as for `lipguard.bound`: outputs="policy.logits" for one
+            of several tensors that the network returns.
+        norm: 2, as the penalties bound the constant in the 2-norm; others are refused.
+        domain: a `Box` or a `Ball` of inputs, or text such as "box:0,1", for the penalty "lipsdp-local".
 
     Wrong settings raise before the first step: a penalty that cannot be computed for the module, a target that no weights
     can reach, labels that are missing, a second regularizer of the same module.
@@ -82,12 +93,18 @@ class LipschitzRegularizer(Callback):
         controller: dict[str, Any] | None = None,
         warmup_steps: int = 0,
         submodule: str | None = None,
-        example: Tensor | None = None,
+        example: Any = None,
         unpack: Unpack | None = None,
         prefix: str = "lipschitz/reg",
         on_failure: Literal["warn", "raise", "ignore"] = "warn",
+        outputs: Outputs | list[Any] | None = None,
+        inputs: Inputs | list[Any] | None = None,
+        norm: Norm = 2,
+        domain: Box | Ball | str | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        who = "LipschitzRegularizer"
+        self.asked = Asked(who, norm=norm, domain=domain, submodule=submodule, outputs=outputs, inputs=inputs, example=example)
         given = {"weight": weight, "target": target, "goal_accuracy": goal_accuracy}
         chosen = [name for name, value in given.items() if value is not None]
         if len(chosen) != 1:
@@ -97,10 +114,7 @@ class LipschitzRegularizer(Callback):
             )
         if isinstance(penalty, str) and penalty.replace("_", "-") not in NAMES:
             raise UnsupportedQuery(f"LipschitzRegularizer: penalty={penalty!r} is unknown. There are: {', '.join(NAMES)}.")
-        if warmup_steps < 0:
-            raise UnsupportedQuery(f"LipschitzRegularizer: warmup_steps={warmup_steps!r} must be at least 0.")
-        if on_failure not in ("warn", "raise", "ignore"):
-            raise UnsupportedQuery(f"LipschitzRegularizer: on_failure={on_failure!r} must be 'warn', 'raise' or 'ignore'.")
+        number(who, "a whole number, at least 0", lambda value: value >= 0 and value == int(value), warmup_steps=warmup_steps)
         if target is not None and penalty == "certified":
             raise UnsupportedQuery("LipschitzRegularizer: the certified penalty stands for no bound and cannot lead to a target.")
         rule: dict[str, Callable[..., Controller]] = {"weight": Fixed, "target": Target, "goal_accuracy": Discrepancy}
@@ -108,10 +122,11 @@ class LipschitzRegularizer(Callback):
             self.controller = rule[chosen[0]](given[chosen[0]], **(controller or {}))
         except TypeError as error:
             raise UnsupportedQuery(f"LipschitzRegularizer: controller={controller!r}: {error}.") from error
-        self.penalty, self.options = penalty, dict(options or {})
+        self.penalty, self.options = penalty, penalty_options(penalty, dict(options or {}), self.asked.query)
+        check_goal(goal_accuracy, self.asked.query)
         self.target, self.goal_accuracy = target, goal_accuracy
-        self.warmup_steps, self.submodule, self.example, self.unpack = warmup_steps, submodule, example, unpack
-        self.prefix, self.on_failure = prefix, on_failure
+        self.warmup_steps, self.submodule, self.unpack = warmup_steps, submodule, unpack
+        self.prefix, self.on_failure = prefix, on_failure_of(who, on_failure)
         self.steps, self.failed = 0, 0
         self._penalty: Penalty | None = None
         self._gauge: Gauge | None = None
@@ -169,31 +184,35 @@ class LipschitzRegularizer(Callback):
                     "would work against each other. Keep one, or give each a submodule of its own."
                 )
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses a submodule that the module does not have.
+
+        Raises:
+            UnknownName: there is no such submodule.
+        """
+        self.asked.check(pl_module)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Builds the penalty, if an example is at hand, and tries it once."""
         self._tried = False
         if self._module is not pl_module:
             self._penalty, self._gauge, self._module = None, None, pl_module
+            self.asked.forget()
         if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
             raise UnsupportedQuery(
                 "LipschitzRegularizer: LBFGS judges its steps by the loss that training_step returns, which lacks the penalty. "
                 "Add lipguard.penalties to the loss by hand, or use another optimizer."
             )
-        example = self.example if self.example is not None else module_example(trainer, pl_module)
-        if self._penalty is None and example is not None:
-            self._build(trainer, pl_module, example.to(pl_module.device))
+        query = self.asked.find(trainer, pl_module)
+        if self._penalty is None and query is not None:
+            self._build(trainer, pl_module, query)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keeps the batch for penalties that need it, and builds the penalty if no other example was at hand."""
         self._batch = batch
         if self._penalty is None:
-            example = first_sample(batch)
-            if example is None:
-                raise InvalidExample(
-                    f"{type(pl_module).__name__} has no example_input_array and its first training batch holds no floating-point "
-                    "tensor. Give LipschitzRegularizer(example=...)."
-                )
-            self._build(trainer, pl_module, example.to(pl_module.device))
+            self.asked.see(pl_module, batch)
+            self._build(trainer, pl_module, self.asked.at(trainer, pl_module))
         if not self._tried:
             self._tried = True
             self._try_batch(pl_module)
@@ -259,13 +278,13 @@ class LipschitzRegularizer(Callback):
         if self._gauge is not None:
             self._gauge.due = self._gauge.proves
 
-    def _build(self, trainer: Trainer, pl_module: LightningModule, example: Tensor) -> None:
-        trial = self._make(pl_module, example)
+    def _build(self, trainer: Trainer, pl_module: LightningModule, query: Query) -> None:
+        trial = self._make(pl_module, query)
         if not trial.needs:
             self._check(trainer, pl_module, trial)
-        self._penalty = self._make(pl_module, example)
+        self._penalty = self._make(pl_module, query)
         if self.target is not None:
-            self._gauge = Gauge(self._penalty, pl_module, example, self.submodule)
+            self._gauge = Gauge(self._penalty, pl_module, query)
             if self._saved is None:
                 check_target(self._penalty.network(), _named(self.submodule), self.target)
         if self._saved is not None:
@@ -275,10 +294,12 @@ class LipschitzRegularizer(Callback):
                 self._gauge.load_state_dict(self._saved["gauge"])
             self._saved = None
 
-    def _make(self, pl_module: LightningModule, example: Tensor) -> Penalty:
+    def _make(self, pl_module: LightningModule, query: Query) -> Penalty:
+        given = {"outputs": query.outputs, "inputs": query.inputs}
+        options = self.options | {name: value for name, value in given.items() if value is not None}
         if isinstance(self.penalty, str):
-            return build(self.penalty, pl_module, example, self.submodule, **self.options)
-        return self.penalty(pl_module, example, self.submodule, **self.options)
+            return build(self.penalty, pl_module, query.example, query.submodule, **options)
+        return self.penalty(pl_module, query.example, query.submodule, **options)
 
     def _check(self, trainer: Trainer, pl_module: LightningModule, trial: Penalty) -> None:
         trained = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
@@ -302,11 +323,11 @@ class LipschitzRegularizer(Callback):
                 )
         if self._penalty.needs:
             # A trial of its own, so that this one's state does not move.
-            trial = self._make(pl_module, self._example_of(inputs))
+            trial = self._make(pl_module, replace(self.asked.query, example=self._example_of(inputs)))
             with torch.inference_mode(False), torch.enable_grad():
                 trial(inputs, labels)
 
-    def _example_of(self, inputs: Tensor | None) -> Tensor:
+    def _example_of(self, inputs: Tensor | None) -> Any:
         assert self._penalty is not None
         example = self._penalty.network.example
         if example is None:
@@ -340,7 +361,8 @@ class LipschitzRegularizer(Callback):
         assert inputs is not None and labels is not None
         part = self._part(pl_module)
         with evaluating(part), torch.no_grad():
-            return float((part(inputs).argmax(1) == labels).sum()), float(len(labels))
+            logits = selected(part(inputs), self.asked.query.outputs, _named(self.submodule))
+            return float((logits.argmax(1) == labels).sum()), float(len(labels))
 
     def _together(
         self, trainer: Trainer, error: Exception | None, gradients: list[Tensor], numbers: tuple[float, ...]

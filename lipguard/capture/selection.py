@@ -57,6 +57,22 @@ def choose(output: Any, which: str | None, place: str) -> Tensor:
     return known[which]
 
 
+def selected(output: Any, outputs: Outputs | None, place: str) -> Tensor:
+    """What `outputs` means of a module's own result: a batch (B, ...).
+
+    Raises:
+        LipguardError: it does not fit the result.
+    """
+    which, functional = parts(outputs)
+    tensor = choose(output, which, place)
+    if functional is None:
+        return tensor
+    rows = tensor.flatten(1)
+    if isinstance(functional, Tensor):
+        return rows @ functional.to(rows).T
+    return rows[:, functional[0] : functional[0] + 1] - rows[:, functional[1] : functional[1] + 1]
+
+
 def select(network: Network, functional: Functional) -> Network:
     """The network followed by the functional.
 

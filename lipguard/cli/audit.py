@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lipguard.cli.asking import add_query, asked, example_of
 from lipguard.cli.text import Cell, Screen, progress
 from lipguard.errors import InvalidModel, LipguardError, NotCertified, UnreadableCheckpoint, UnsupportedQuery
 from lipguard.outward import show
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from lipguard.audit.pool import Finished, Pool
     from lipguard.audit.record import AuditRecord
     from lipguard.audit.run import Subject
-    from lipguard.certificate import Ball, Box
     from lipguard.network import Network
+    from lipguard.query import Query
 
 __all__ = ["add_audit", "audit", "verify"]
 
@@ -37,15 +38,14 @@ def add_audit(commands: Any) -> None:
     """Add both commands to the parser's subcommands."""
     from jsonargparse import ArgumentParser
 
-    maker = ArgumentParser(description="Audit checkpoints: write <checkpoint>.lipguard.json, finish what was pending.")
+    maker = ArgumentParser(
+        exit_on_error=False, description="Audit checkpoints: write <checkpoint>.lipguard.json, finish what was pending."
+    )
     maker.add_argument("checkpoints", type=str, nargs="+", help="files, folders or globs; a folder stands for all below it")
     maker.add_argument("--model", type=str | None, help="module.Class, or a factory; not needed to finish or repeat an audit")
-    maker.add_argument("--input-shape", type=str | None, help="shape with its batch dimension, such as 1,784")
-    maker.add_argument("--domain", type=str | None, help="box:LOWER,UPPER or ball:RADIUS; default: all inputs, or as before")
-    maker.add_argument("--norm", type=str | None, help="1, 2 or inf, or two of them; default: 2, or as before")
+    add_query(maker, "as before")
     maker.add_argument("--method", type=str | None, help="enumeration, miqcqp, milp, branch-and-bound, bounds or auto")
     maker.add_argument("--solver", type=str | None, help="solver of the method; see lipguard doctor")
-    maker.add_argument("--submodule", type=str | None, help="dotted name of the submodule to audit")
     maker.add_argument("--time-limit", type=float | None, help="seconds for one audit; default: 60, or as before")
     maker.add_argument("--jobs", type=int, default=1, help="processes that audit at the same time")
     maker.add_argument("--force", action="store_true", help="audit also where an intact record is there")
@@ -53,10 +53,13 @@ def add_audit(commands: Any) -> None:
     maker.add_argument("--trust", action="store_true", help="allow the file to run code while its module is built (full pickle)")
     commands.add_subcommand("audit", maker, help="audit checkpoints and finish pending audits")
 
-    checker = ArgumentParser(description="Prove the verified bounds of audit records anew; exit 1 if anything was changed.")
+    checker = ArgumentParser(
+        exit_on_error=False, description="Prove the verified bounds of audit records anew; exit 1 if anything was changed."
+    )
     checker.add_argument("records", type=str, nargs="+", help="records (or their checkpoints), folders or globs")
     checker.add_argument("--checkpoint", type=str | None, help="the checkpoint of the one record; default: the file beside it")
     checker.add_argument("--model", type=str | None, help="module.Class, or a factory: check the network's structure against it")
+    add_query(checker, "as recorded; a record of another is not certified")
     checker.add_argument("--json", action="store_true", help="print one JSON document")
     checker.add_argument(
         "--trust", action="store_true", help="allow the file to run code while its module is built (full pickle)"
@@ -64,24 +67,24 @@ def add_audit(commands: Any) -> None:
     commands.add_subcommand("verify", checker, help="check audit records against their checkpoints")
 
 
-def audit(
-    options: Namespace, norm: tuple[float, float] | None, domain: Box | Ball | None, shape: tuple[int, ...] | None
-) -> Answer:
+def audit(options: Namespace) -> Answer:
     """Audit what has no record yet; exit code 0 if every checkpoint then has a verified enclosure."""
     from lipguard.audit.pool import Pool
+    from lipguard.audit.run import Options
 
     if options.jobs < 1:
         raise UnsupportedQuery(f"--jobs {options.jobs}: at least 1.")
     names = ("method", "solver", "time_limit")
     changes: dict[str, Any] = {name: value for name in names if (value := options[name]) is not None}
-    changes |= {name: value for name, value in (("norm", norm), ("domain", domain)) if value is not None}
+    changes |= asked(options)
+    Options(**changes).check()
     rows: dict[Path, dict[str, object]] = {}
     pool = Pool(options.jobs)
     paths = _expanded(options.checkpoints, _CHECKPOINTS, (_PENDING,))
     with progress("Auditing", len(paths)) as done:
         try:
             for path in paths:
-                rows[path] = _started(path, pool, options, changes, shape)
+                rows[path] = _started(path, pool, options, changes)
                 done(sum(row["state"] != "pending" for row in rows.values()))
             while pool.open:
                 pool.wait(0.5)
@@ -117,11 +120,9 @@ def verify(options: Namespace) -> Answer:
     return max(codes), {"records": rows, "exit_code": max(codes)}
 
 
-def _started(
-    path: Path, pool: Pool, options: Namespace, changes: dict[str, Any], shape: tuple[int, ...] | None
-) -> dict[str, object]:
+def _started(path: Path, pool: Pool, options: Namespace, changes: dict[str, Any]) -> dict[str, object]:
     """Hand the checkpoint to the pool, or say why not."""
-    from lipguard.audit.pending import Pending, owned_elsewhere, pending_path, prepare, up_to_date
+    from lipguard.audit.pending import Pending, asked_of, owned_elsewhere, pending_path, prepare, up_to_date
     from lipguard.audit.run import Options, Subject
     from lipguard.audit.weights import sha256
 
@@ -130,38 +131,48 @@ def _started(
         return _row(path, "pending", "the training that saved it is still at work on it")
     try:
         if marker.exists() and options.model is None:
-            pool.submit(marker, _limit(marker), final=True)
+            pending = asked_of(marker)
+            if dataclasses.replace(pending, **changes).json() != pending.json():
+                raise UnsupportedQuery(
+                    f"{path} has a pending audit, which is finished as it was asked. Leave the options out, or give --model."
+                )
+            pool.submit(marker, pending.time_limit, final=True)
             return _row(path, "pending")
-        asked = dataclasses.replace(Options() if record is None else Options.of(record.query, record.options), **changes)
-        asked.check()
-        unchanged = record is not None and asked.json() == (record.query, record.options)
+        before = Options() if record is None else Options.of(record.query, record.options)
+        wanted = dataclasses.replace(before, **changes)
+        wanted.check()
+        unchanged = record is not None and wanted.json() == before.json()
         if record is not None and record.enclosure is not None and unchanged and not options.force and options.model is None:
             return _found(path, record, "up to date")
         if options.model is not None or options.trust:
-            subject = _captured(path, options, shape)
+            subject = _captured(path, options, wanted.query)
+        elif record is not None and record.network is not None and _another(before.query, wanted.query):
+            raise InvalidModel(
+                f"{path}: the record's network is of other outputs, inputs or submodule. Name the model's class with --model."
+            )
         elif record is not None and record.network is not None:
             subject = Subject(record.model, record.network)
         else:
             raise InvalidModel(f"{path} has no audit to finish or repeat. Name the model's class or a factory with --model.")
-        pool.submit(prepare(path, Pending({"sha256": sha256(path)}, subject, asked)), asked.time_limit, final=True)
+        pool.submit(prepare(path, Pending({"sha256": sha256(path)}, subject, wanted)), wanted.time_limit, final=True)
     except (LipguardError, OSError) as error:
         return _row(path, "refused", f"{type(error).__name__}: {error}")
     return _row(path, "pending")
 
 
-def _captured(path: Path, options: Namespace, shape: tuple[int, ...] | None) -> Subject:
+def _another(before: Query, after: Query) -> bool:
+    """Whether two queries are of different networks."""
+    one, other = before.json(), after.json()
+    return any(one[name] != other[name] for name in ("outputs", "inputs", "submodule"))
+
+
+def _captured(path: Path, options: Namespace, query: Query) -> Subject:
     from lipguard.audit.run import subject_of
     from lipguard.audit.weights import read_contents
-    from lipguard.checkpoint import example_input, load_module
+    from lipguard.checkpoint import load_module
 
     module = load_module(path, model=options.model, trust=options.trust)
-    return subject_of(module, example_input(module, shape), options.submodule, read_contents(path))
-
-
-def _limit(marker: Path) -> float:
-    from lipguard.audit.pending import asked_of
-
-    return asked_of(marker).time_limit
+    return subject_of(module, dataclasses.replace(query, example=example_of(options, module)), read_contents(path))
 
 
 def _ended(finished: Finished) -> dict[str, object]:
@@ -186,12 +197,13 @@ def _verified(path: Path, options: Namespace) -> tuple[int, dict[str, object]]:
     checkpoint = Path(options.checkpoint or str(path).removesuffix(_RECORD))
     try:
         record = read_record(path)
+        _expected(record, options)
         network = None if options.model is None and not options.trust else _recaptured(checkpoint, record, options)
         found = verify_record(record, checkpoint, network)
     except LipguardError as error:
         code = NOT_CERTIFIED if isinstance(error, NotCertified) else BAD_INPUT
         return code, _row(path, "not certified" if code == NOT_CERTIFIED else "refused", f"{type(error).__name__}: {error}")
-    notes = [f"{found.tied} tensors by name from the checkpoint, {found.stored} from the record"]
+    notes = [*_statement(_query(record)), f"{found.tied} tensors by name from the checkpoint, {found.stored} from the record"]
     notes += [f"{c.method}: {c.side} bound {c.value!r} rests on a solver's word and was not checked" for c in found.claimed]
     if not found.exact:
         notes.append("values agree to 1e-8, as they do between machines")
@@ -201,16 +213,48 @@ def _verified(path: Path, options: Namespace) -> tuple[int, dict[str, object]]:
     certificates = [
         {"value": c.value, "side": c.side, "method": c.method, "evidence": type(c.evidence).__name__} for c in found.proved
     ]
-    return DONE, row | {"norm": record.query["norm"], "domain": record.query["domain"], "certificates": certificates}
+    return DONE, row | {"certificates": certificates} | _query(record).json()
+
+
+def _query(record: AuditRecord) -> Query:
+    """What the record is of; the submodule of records before version 0.2 is in what they say of the model."""
+    from lipguard.audit.run import Options
+
+    query = Options.of(record.query, record.options).query
+    return query if "submodule" in record.query else dataclasses.replace(query, submodule=record.model["submodule"])
+
+
+def _statement(query: Query) -> list[str]:
+    """What of the network is bounded, where it is not the whole."""
+    plain = query.json()
+    return [f"{name} {plain[name]}" for name in ("submodule", "outputs", "inputs") if plain[name] is not None]
+
+
+def _expected(record: AuditRecord, options: Namespace) -> None:
+    """Refuse a record of another norm, domain or part than the one named on the command line.
+
+    Raises:
+        NotCertified: it is of another.
+    """
+    recorded = _query(record)
+    given = asked(options)
+    wanted = dataclasses.replace(recorded, **given).json()
+    for name, value in given.items():
+        if wanted[name] != recorded.json()[name]:
+            raise NotCertified(f"the record has {name} {recorded.json()[name]!r}, and --{name} {value} is asked for.")
 
 
 def _recaptured(checkpoint: Path, record: AuditRecord, options: Namespace) -> Network:
-    from lipguard.capture.capture import capture
+    from lipguard.capture.capture import network_of
     from lipguard.checkpoint import example_input, load_module
 
     module = load_module(checkpoint, model=options.model, trust=options.trust)
-    shape = record.model["input_shape"]
-    return capture(module, example_input(module, None if shape is None else tuple(shape)), submodule=record.model["submodule"])
+    if options.example is not None or options.input_shape is not None:
+        example = example_of(options, module)
+    else:
+        shape = record.model["input_shape"]
+        example = example_input(module, None if shape is None else tuple(shape))
+    return network_of(module, dataclasses.replace(_query(record), example=example))
 
 
 def _row(path: Path, state: str, remark: str = "") -> dict[str, object]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lipguard.errors import UnknownName
 from lipguard.network import Network
@@ -61,9 +61,7 @@ NAMES: dict[str, type[Penalty]] = {
 """Penalties by the name under which callbacks and configuration files ask for them."""
 
 
-def build(
-    name: str, model: nn.Module | Network, example: Tensor | None = None, submodule: str | None = None, **options: Any
-) -> Penalty:
+def build(name: str, model: nn.Module | Network, example: Any = None, submodule: str | None = None, **options: Any) -> Penalty:
     """The penalty of a name, with its options.
 
     Raises:

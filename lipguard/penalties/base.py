@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lipguard.network import Network
 from lipguard.penalties.live import LiveNetwork
+from lipguard.query import Inputs, Outputs
 
 
 class Penalty(ABC):
@@ -18,6 +19,7 @@ class Penalty(ABC):
         model: the module, or a `Network` whose weights are in the autograd graph.
         example: a batch of inputs that the module accepts, as for `lipguard.bound`.
         submodule: dotted name of the part to penalise; None for the whole.
+        outputs, inputs: what of the outputs, and with respect to what, as for `lipguard.bound`.
 
     Attributes:
         needs: what a call must be given: "inputs", "labels".
@@ -25,8 +27,15 @@ class Penalty(ABC):
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, model: nn.Module | Network, example: Tensor | None = None, submodule: str | None = None) -> None:
-        self.network = LiveNetwork(model, example, submodule)
+    def __init__(
+        self,
+        model: nn.Module | Network,
+        example: Any = None,
+        submodule: str | None = None,
+        outputs: Outputs | None = None,
+        inputs: Inputs | None = None,
+    ) -> None:
+        self.network = LiveNetwork(model, example, submodule, outputs, inputs)
 
     @abstractmethod
     def __call__(self, inputs: Tensor | None = None, labels: Tensor | None = None) -> Tensor:

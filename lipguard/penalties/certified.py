@@ -13,6 +13,7 @@ from lipguard.network import Dense, Network
 from lipguard.penalties.intervals import through
 from lipguard.penalties.local import Local, LocalBounds, layers
 from lipguard.penalties.norms import operator_norm
+from lipguard.query import Inputs, Outputs
 
 Form = Literal["worst", "extra"]
 
@@ -114,12 +115,14 @@ class Certified(Local):
         bounds: Literal["local", "global"] = "local",
         form: Form = "worst",
         iterations: int = 2,
+        outputs: Outputs | None = None,
+        inputs: Inputs | None = None,
     ) -> None:
         if bounds not in ("local", "global"):
             raise UnsupportedQuery(f"Certified: bounds={bounds!r} must be 'local' or 'global'.")
         if form not in ("worst", "extra"):
             raise UnsupportedQuery(f"Certified: form={form!r} must be 'worst' or 'extra'.")
-        super().__init__(model, example, submodule, radius, iterations)
+        super().__init__(model, example, submodule, radius, iterations, outputs, inputs)
         self.kind = bounds
         self.form: Form = form
 

@@ -10,9 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lipguard.capture.selection import selected
 from lipguard.errors import InvalidExample, UnknownName, UnsupportedQuery
 from lipguard.network import Network
 from lipguard.penalties.base import Penalty
+from lipguard.query import Inputs, Outputs
 
 _GROWTH = 1.3
 """Factor of a pair's step length after an accepted or a rejected step."""
@@ -87,6 +89,7 @@ class CLIP(Penalty):
         redraw_every: calls after which the set is drawn anew; None for never.
         step: first step length.
         seed: of the pairs' own random numbers.
+        outputs: what of the outputs, as for `lipguard.bound`; `inputs` is refused.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"inputs"})
@@ -101,6 +104,8 @@ class CLIP(Penalty):
         redraw_every: int | None = 100,
         step: float = 1.0,
         seed: int = 0,
+        outputs: Outputs | None = None,
+        inputs: Inputs | None = None,
     ) -> None:
         if pairs < 1 or steps < 0 or not step > 0 or (redraw_every is not None and redraw_every < 1):
             raise UnsupportedQuery(
@@ -109,7 +114,11 @@ class CLIP(Penalty):
             )
         if isinstance(model, Network):
             raise UnsupportedQuery("CLIP evaluates a module; it cannot be given a captured Network.")
-        super().__init__(model, example, submodule)
+        if inputs is not None:
+            raise UnsupportedQuery(
+                "CLIP evaluates the module on the batch's own inputs. Leave inputs out, or take the lipsdp penalty."
+            )
+        super().__init__(model, example, submodule, outputs, inputs)
         self.part = _part(model, submodule)
         self.pairs, self.steps, self.redraw_every, self.step = pairs, steps, redraw_every, step
         self.calls = 0
@@ -130,12 +139,15 @@ class CLIP(Penalty):
         assert self._set is not None
         self.calls += 1
         with evaluating(self.part):
-            self._set = ascend(self.part, *self._set, self.steps)
-            return clip(self.part, *self._set[:2])
+            self._set = ascend(self._function, *self._set, self.steps)
+            return clip(self._function, *self._set[:2])
 
     def log_bound(self, value: float) -> float:
         """Logarithm of the constant estimated: half that of the quotient of squares."""
         return 0.5 * math.log(value) if value > 0 else -math.inf
+
+    def _function(self, x: Tensor) -> Tensor:
+        return selected(self.part(x), self.network.query.outputs, "the module")
 
     def _draw(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         chosen = torch.randperm(len(inputs), generator=self._generator)[: self.pairs]

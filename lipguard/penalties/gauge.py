@@ -15,6 +15,7 @@ from lipguard.outward import show_upper
 from lipguard.penalties.base import Penalty
 from lipguard.penalties.lipsdp import LipSDP
 from lipguard.penalties.local import Local
+from lipguard.query import Query
 
 _UNMOVED = 1e-4
 """Relative change of the bound by a relative change of one weight below which nothing trained moves it."""
@@ -35,7 +36,7 @@ class Gauge:
 
     Args:
         penalty: the penalty that is led; its own value counts where it has a domain, which this bound has not.
-        module, example, submodule: as for a penalty.
+        module, query: what is bounded.
 
     Attributes:
         proved: the last proven bound; nan before the first.
@@ -43,14 +44,15 @@ class Gauge:
         due: whether the next step proves anew.
     """
 
-    def __init__(self, penalty: Penalty, module: nn.Module, example: Tensor, submodule: str | None = None) -> None:
+    def __init__(self, penalty: Penalty, module: nn.Module, query: Query) -> None:
         # A local penalty's own value is what is led: it stands for another constant.
+        asked = query.example, query.submodule, None, None, query.outputs, query.inputs
         self.proves = getattr(penalty, "domain", None) is None and not isinstance(penalty, Local)
         self.proved, self.offset = math.nan, 0.0
         self.due = self.proves
         self._own = penalty if isinstance(penalty, LipSDP) else None
-        self._beside = None if type(penalty) is LipSDP or not self.proves else LipSDP(module, example, submodule)
-        self._bound = LipSDP(module, example, submodule)
+        self._beside = None if type(penalty) is LipSDP or not self.proves else LipSDP(module, *asked)
+        self._bound = LipSDP(module, *asked)
 
     def corrected(self, log_bound: float) -> float:
         """The log bound of the module at the weights of this moment; proved anew where it is due.

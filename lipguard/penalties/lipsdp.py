@@ -30,6 +30,7 @@ from lipguard.programs.lipsdp import LipSDP as Problem
 from lipguard.programs.lipsdp import lipsdp as problem_of
 from lipguard.programs.rewriting import slope_restricted
 from lipguard.programs.slope_program import Proposal, SlopeProgram
+from lipguard.query import Inputs, Outputs
 from lipguard.solvers.first_order import Smoothed
 from lipguard.solvers.threads import one_thread
 
@@ -243,10 +244,12 @@ class LipSDP(Penalty):
         submodule: str | None = None,
         every: int | None = None,
         dtype: torch.dtype | None = None,
+        outputs: Outputs | None = None,
+        inputs: Inputs | None = None,
     ) -> None:
         if every is not None and every < 1:
             raise UnsupportedQuery(f"LipSDP: every={every!r} must be at least 1.")
-        super().__init__(model, example, submodule)
+        super().__init__(model, example, submodule, outputs, inputs)
         self.every, self.dtype = every, dtype
         self.calls = 0
         self._next: Tensor | None = None  # log of t over its scale: for the next factorisation

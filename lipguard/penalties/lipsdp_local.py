@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from lipguard.certificate import Domain
+from lipguard.domain import Domain, domain_from
+from lipguard.errors import InvalidDomain
 from lipguard.network import Activation, Network
 from lipguard.penalties.intervals import preactivations
 from lipguard.penalties.lipsdp import LipSDP, Slopes, lipsdp
+from lipguard.query import Inputs, Outputs
 
 
 def local_slopes(network: Network, domain: Domain) -> Slopes:
@@ -49,14 +54,19 @@ class LipSDPLocal(LipSDP):
     def __init__(
         self,
         model: nn.Module | Network,
-        domain: Domain,
+        domain: Domain | str | Mapping[str, Any],
         example: Tensor | None = None,
         submodule: str | None = None,
         every: int = 1,
         dtype: torch.dtype | None = None,
+        outputs: Outputs | None = None,
+        inputs: Inputs | None = None,
     ) -> None:
-        super().__init__(model, example, submodule, every, dtype)
-        self.domain = domain
+        super().__init__(model, example, submodule, every, dtype, outputs, inputs)
+        known = domain_from(domain)
+        if known is None:
+            raise InvalidDomain("LipSDPLocal needs a domain. Give domain=lipguard.Box(0, 1), or take LipSDP for all inputs.")
+        self.domain: Domain = known
 
     def _slopes(self, network: Network) -> Slopes:
         return local_slopes(self.network(), self.domain)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lipguard.capture.capture import capture
+from lipguard.capture.capture import network_of
 from lipguard.errors import UnsupportedQuery
 from lipguard.network import Activation, Affine, Conv, Dense, Diagonal, Input, Network, Node, Operator, Sum
+from lipguard.query import Inputs, Outputs, Query
 
 
 class LiveNetwork:
@@ -22,11 +24,19 @@ class LiveNetwork:
     parameter was frozen, unfrozen or replaced, or a frozen one was changed.
 
     Args:
-        module, example, submodule: as for `lipguard.capture`.
+        module, example, submodule, outputs, inputs: as for `lipguard.capture`.
     """
 
-    def __init__(self, module: nn.Module | Network, example: Tensor | None, submodule: str | None = None) -> None:
-        self.module, self.example, self.submodule = module, example, submodule
+    def __init__(
+        self,
+        module: nn.Module | Network,
+        example: Any,
+        submodule: str | None = None,
+        outputs: Outputs | None = None,
+        inputs: Inputs | None = None,
+    ) -> None:
+        self.module, self.example = module, example
+        self.query = Query(example=example, submodule=submodule, outputs=outputs, inputs=inputs)
         self._network: Network | None = None
         self._sources: dict[int, nn.Parameter] = {}
         self._signature: object = None
@@ -40,10 +50,10 @@ class LiveNetwork:
             LipguardError: as `lipguard.capture`.
         """
         if isinstance(self.module, Network):
-            return self.module
+            return network_of(self.module, self.query)
         signature = self._sign(self.module)
         if self._network is None or not self._sources or signature != self._signature:
-            self._network = capture(self.module, self.example, submodule=self.submodule, live=True)
+            self._network = network_of(self.module, self.query, live=True)
             self._sources = _parameters_of(self._network) if _plain(self.module) else {}
             self._signature = signature
             if not self._sources:

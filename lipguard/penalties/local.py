@@ -17,6 +17,7 @@ from lipguard.penalties.base import Penalty
 from lipguard.penalties.intervals import Interval, _image, row_lengths, through
 from lipguard.penalties.norms import random_unit
 from lipguard.penalties.spectral import Vectors
+from lipguard.query import Inputs, Outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,10 +163,12 @@ class Local(Penalty):
         submodule: str | None = None,
         radius: float = 0.1,
         iterations: int = 2,
+        outputs: Outputs | None = None,
+        inputs: Inputs | None = None,
     ) -> None:
         if not radius >= 0:
             raise UnsupportedQuery(f"Local: radius={radius!r} must be at least 0.")
-        super().__init__(model, example, submodule)
+        super().__init__(model, example, submodule, outputs, inputs)
         self.radius, self.iterations = radius, iterations
         self.vectors: Vectors = {}
 

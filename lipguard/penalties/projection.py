@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lipguard.bounds.spectral import layer_norm
+from lipguard.capture.arguments import arguments_of, described
 from lipguard.capture.capture import capture
 from lipguard.errors import InvalidExample, LipguardError, UnsupportedLayer
 from lipguard.network import Affine, Conv, Dense, Diagonal, Operator
@@ -137,12 +139,14 @@ def iterated_norm(operator: Operator, vectors: Tensor | None, settled: float) ->
     return norm, v
 
 
-def layers_of(model: nn.Module, example: Tensor) -> tuple[list[Layer], list[str]]:
+def layers_of(model: nn.Module, example: Any, submodule: str | None = None) -> tuple[list[Layer], list[str]]:
     """The layers of a model that can be projected, and the names of those that have no weight to scale.
 
     Args:
         model: run once in evaluation mode on the example.
-        example: (B, ...).
+        example: (B, ...), or a tuple or mapping of tensors as for `lipguard.capture`.
+        submodule: dotted name of the part whose layers are meant. The example is then an input of the model, or, where the model
+            fails on it or does not come to that part, an input of the part.
     Raises:
         InvalidExample: the model does not run on the example.
         UnsupportedLayer: a module holds a matrix of weights and is not one affine map of them.
@@ -157,14 +161,17 @@ def layers_of(model: nn.Module, example: Tensor) -> tuple[list[Layer], list[str]
             if all(row.shape != other.shape for other in known):
                 known.append(row)
 
+    part = model.get_submodule(submodule) if submodule else model
+    before = f"{submodule}." if submodule else ""
     modes = [(m, m.training) for m in model.modules()]
-    handles = [m.register_forward_pre_hook(hook) for m in model.modules()]
+    handles = [m.register_forward_pre_hook(hook) for m in part.modules()]
     try:
         model.eval()
         with torch.no_grad():
-            model(example)
-    except Exception as error:
-        raise InvalidExample(f"the model fails on an example of shape {tuple(example.shape)}: {error}") from error
+            if part is not model:
+                _try(model, example)
+            if not arrived:
+                _try(part, example, f"the submodule {submodule!r}" if submodule else "the model")
     finally:
         for handle in handles:
             handle.remove()
@@ -173,9 +180,10 @@ def layers_of(model: nn.Module, example: Tensor) -> tuple[list[Layer], list[str]
     found: list[Layer] = []
     fixed: list[str] = []
     seen: set[int] = set()
-    for name, module in model.named_modules():
-        if "parametrizations" in name.split("."):
+    for own_name, module in part.named_modules():
+        if "parametrizations" in own_name.split("."):
             continue
+        name = f"{before}{own_name}".rstrip(".")
         parametrized = "parametrizations" in module._modules
         if any(True for n, _ in module.named_children() if n != "parametrizations"):
             loose = [n for n, p in module.named_parameters(recurse=False) if p.ndim > 1]
@@ -208,6 +216,16 @@ def layers_of(model: nn.Module, example: Tensor) -> tuple[list[Layer], list[str]
             _check_parametrized(layer)
         found.append(layer)
     return found, fixed
+
+
+def _try(module: nn.Module, example: Any, name: str | None = None) -> None:
+    """Run a module on an example; a failure is an error where the module has a name."""
+    try:
+        args, kwargs = arguments_of(module, example).first()
+        module(*args, **kwargs)
+    except Exception as error:
+        if name is not None:
+            raise InvalidExample(f"{name} fails on an example {described(example)}: {error}") from error
 
 
 def _check_parametrized(layer: Layer) -> None:

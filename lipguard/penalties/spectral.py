@@ -13,6 +13,7 @@ from lipguard.errors import UnsupportedQuery
 from lipguard.network import Activation, Affine, Coupled, Input, Network, Operator, Sum
 from lipguard.penalties.base import Penalty
 from lipguard.penalties.norms import operator_norm
+from lipguard.query import Inputs, Outputs
 
 Vectors = dict[int, Tensor]
 """Right singular vectors by node, carried from step to step."""
@@ -83,9 +84,15 @@ class Spectral(Penalty):
     """
 
     def __init__(
-        self, model: nn.Module | Network, example: Tensor | None = None, submodule: str | None = None, iterations: int = 1
+        self,
+        model: nn.Module | Network,
+        example: Tensor | None = None,
+        submodule: str | None = None,
+        iterations: int = 1,
+        outputs: Outputs | None = None,
+        inputs: Inputs | None = None,
     ) -> None:
-        super().__init__(model, example, submodule)
+        super().__init__(model, example, submodule, outputs, inputs)
         self.iterations = iterations
         self.vectors: Vectors = {}
 

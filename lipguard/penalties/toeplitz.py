@@ -13,6 +13,7 @@ from lipguard.network import Conv, Network, Operator
 from lipguard.penalties.base import Penalty
 from lipguard.penalties.norms import operator_norm
 from lipguard.penalties.spectral import Vectors, log, log_product
+from lipguard.query import Inputs, Outputs
 
 
 def convolution_bound(conv: Conv, samples: int = 10) -> Tensor:
@@ -82,10 +83,12 @@ class Toeplitz(Penalty):
         submodule: str | None = None,
         iterations: int = 1,
         samples: int = 10,
+        outputs: Outputs | None = None,
+        inputs: Inputs | None = None,
     ) -> None:
         if samples < 1:
             raise UnsupportedQuery(f"Toeplitz: samples={samples!r} must be at least 1.")
-        super().__init__(model, example, submodule)
+        super().__init__(model, example, submodule, outputs, inputs)
         self.iterations, self.samples = iterations, samples
         self.vectors: Vectors = {}
 
