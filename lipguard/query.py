@@ -10,7 +10,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
-from lipguard.domain import NORMS, Domain, domain_from
+from lipguard.domain import NORMS, Ball, Box, Domain, domain_from
 from lipguard.errors import UnsupportedQuery
 from lipguard.rendering import clipped, line, norm_text
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,14 @@ from torch import Tensor, nn
 from lipguard.bounds.counterexample import nearest_found
 from lipguard.bounds.local import BATCHED, solve
 from lipguard.bounds.pairs import pair_bounds
-from lipguard.capture.capture import capture
+from lipguard.capture.capture import network_of
 from lipguard.certificate import Ball, Box, PairBound, Radius, RadiusCertificate
+from lipguard.domain import Domain, domain_from
 from lipguard.errors import InvalidDomain, InvalidExample, UnknownName, UnsupportedQuery
 from lipguard.network import Implicit, Network
 from lipguard.outward import show_lower, show_upper
 from lipguard.programs.rewriting import slope_restricted
+from lipguard.query import Inputs, Norm, Outputs, Query, norm_pair
 from lipguard.rendering import line, table
 from lipguard.solvers.threads import one_thread
 from lipguard.verify.domain.localized import chunk_size
@@ -161,6 +164,11 @@ def certify(
     tol: float = 0.02,
     submodule: str | None = None,
     time_limit: float | None = None,
+    norm: Norm = 2,
+    domain: Domain | str | Mapping[str, Any] | None = None,
+    outputs: Outputs | None = None,
+    inputs: Inputs | None = None,
+    example: Any = None,
 ) -> Robustness:
     """Prove in which 2-norm ball around each sample the label is the class of the largest output.
 
@@ -177,10 +185,15 @@ def certify(
         tol: relative accuracy of the radii of "local".
         submodule: dotted name of the part that maps samples to logits.
         time_limit: seconds; what is not proved by then counts as unproved, and `complete` says where.
+        norm: 2, the norm of the balls; others are refused.
+        domain: the same as `box`; a `Ball` is refused, as `eps` is the radius of the balls.
+        outputs: which of several tensors are the logits, or a matrix (k, m) applied to them, as for `lipguard.bound`.
+        inputs: of which of several tensors the batch holds samples, or a matrix (d, k) in front of samples (B, k).
+        example: an input of the model, where it is more than the batch: all of several tensors, or d entries before a matrix.
     Raises:
         InvalidExample: batch or labels of another shape, or labels out of range.
         InvalidDomain: eps is not a positive number, or a sample lies outside the box.
-        UnsupportedQuery: the model has one output.
+        UnsupportedQuery: the model has one output, or another norm than 2 is asked for.
         UnknownName: no such method.
         LipguardError: the model cannot be captured.
     """
@@ -194,7 +207,11 @@ def certify(
         raise InvalidDomain(f"eps={eps!r} must be a positive number, a radius in the units of the input.")
     if not 0 < tol < 1:
         raise UnsupportedQuery(f"tol={tol!r} must lie between 0 and 1.")
-    captured = capture(model, batch, submodule=submodule)
+    box = one_box(norm, domain, box)
+    query = Query(outputs=outputs, inputs=inputs, submodule=submodule, example=batch if example is None else example)
+    if isinstance(query.inputs, Tensor) and example is None and not isinstance(model, Network):
+        raise UnsupportedQuery("inputs is a matrix, the batch what is in front of it. Give an input of the model, example=...")
+    captured = network_of(model, query)
     network = neurons_only(captured)
     if any(isinstance(node, Implicit) for node in network.nodes):
         raise UnsupportedQuery(
@@ -212,6 +229,25 @@ def certify(
     proofs = Proofs(captured.digest, x, y, box, constants, reached, task.multipliers)
     seconds = time.perf_counter() - began
     return Robustness(predicted, correct, margin, radius, radius >= eps, complete, float(eps), method, seconds, proofs)
+
+
+def one_box(norm: Norm, domain: object, box: Box | None) -> Box | None:
+    """The inputs there are, given as a domain or as a box.
+
+    Raises:
+        UnsupportedQuery: another norm than 2.
+        InvalidDomain: a ball, or a box beside another domain.
+    """
+    if norm_pair(norm)[0] != 2.0:
+        raise UnsupportedQuery(f"norm={norm!r}: balls in the 2-norm are proved. Leave norm out.")
+    if box is not None and domain is not None:
+        raise InvalidDomain("domain and box both say which inputs there are. Leave box out.")
+    given = domain_from(domain if box is None else box)
+    if isinstance(given, Ball):
+        raise InvalidDomain(
+            "domain is a Ball; eps=... is the radius of the balls. Give a Box of the inputs there are, domain=lipguard.Box(0, 1)."
+        )
+    return given
 
 
 def _checked(network: Network, batch: Tensor, labels: Tensor, box: Box | None) -> tuple[Tensor, Tensor]:

@@ -7,16 +7,19 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lipguard.bounds.robustness import Method, certify
+from lipguard.bounds.robustness import Method, certify, one_box
+from lipguard.callbacks.asked import Asked, named, number, on_failure_of, whole
 from lipguard.callbacks.base import Callback
-from lipguard.capture.capture import capture
+from lipguard.capture.capture import network_of
 from lipguard.certificate import Box
-from lipguard.errors import InvalidDomain, InvalidExample, UnknownName, UnsupportedQuery
+from lipguard.errors import InvalidDomain, InvalidExample, UnknownName
+from lipguard.query import Inputs, Norm, Outputs
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -50,6 +53,14 @@ class CertifiedAccuracy(Callback):
         select: from a batch to (samples, labels); None takes the first two tensors of a sequence.
         prefix: first part of the names logged.
         on_failure: "warn" (once), "ignore" or "raise".
+        norm: 2, the norm of the balls; others are refused.
+        domain: the same as `box`, or text such as "box:0,1".
+        outputs: which of several tensors are the logits, as for `lipguard.certify`.
+        inputs: of which of several tensors the samples are; the others are held at the example's values.
+        example: an input of the module, where that is more than a sample; None takes its `example_input_array`.
+
+    Raises:
+        LipguardError: an argument that no module could make valid; the message says which, and what to write.
 
     Example::
 
@@ -68,22 +79,37 @@ class CertifiedAccuracy(Callback):
         select: Callable[[Any], tuple[Tensor, Tensor]] | None = None,
         prefix: str = "lipschitz",
         on_failure: Literal["warn", "raise", "ignore"] = "warn",
+        norm: Norm = 2,
+        domain: Box | str | dict[str, Any] | None = None,
+        outputs: Outputs | list[Any] | None = None,
+        inputs: Inputs | list[Any] | None = None,
+        example: Any = None,
     ) -> None:
         super().__init__()
+        who = "CertifiedAccuracy"
+        with named(who):
+            domain = one_box(norm, domain, box)
+        self.asked = Asked(who, norm=norm, domain=domain, submodule=submodule, outputs=outputs, inputs=inputs, example=example)
         self.eps = tuple(sorted(eps)) if isinstance(eps, Sequence) else (eps,)
         if not self.eps or not all(0 < one < math.inf for one in self.eps):
             raise InvalidDomain(f"CertifiedAccuracy: eps={eps!r} must be a positive radius, or several.")
         if method not in get_args(Method):
             raise UnknownName(f"CertifiedAccuracy: method={method!r}; there are {', '.join(get_args(Method))}.")
-        if every_n_epochs < 1 or max_samples < 1 or not seconds > 0:
-            raise UnsupportedQuery("CertifiedAccuracy: every_n_epochs and max_samples must be at least 1, seconds positive.")
-        if on_failure not in ("warn", "raise", "ignore"):
-            raise UnsupportedQuery(f"CertifiedAccuracy: on_failure={on_failure!r} must be 'warn', 'raise' or 'ignore'.")
+        whole(who, every_n_epochs=every_n_epochs, max_samples=max_samples)
+        number(who, "a positive number of seconds", lambda value: value > 0, seconds=seconds)
         self.method: Method = method
-        self.box, self.every_n_epochs, self.max_samples, self.seconds = box, every_n_epochs, max_samples, seconds
-        self.submodule, self.select, self.prefix, self.on_failure = submodule, select, prefix, on_failure
+        self.box, self.every_n_epochs, self.max_samples, self.seconds = domain, every_n_epochs, max_samples, seconds
+        self.select, self.prefix, self.on_failure = select, prefix, on_failure_of(who, on_failure)
         self._samples: list[tuple[Tensor, Tensor]] = []
         self._warned = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses a submodule that the module does not have.
+
+        Raises:
+            UnknownName: there is no such submodule.
+        """
+        self.asked.check(pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets the samples of an earlier validation."""
@@ -109,7 +135,7 @@ class CertifiedAccuracy(Callback):
         samples, self._samples = self._samples, []
         try:
             with torch.inference_mode(False), torch.no_grad():
-                values, count = self._certified(pl_module, samples)
+                values, count = self._certified(trainer, pl_module, samples)
         except Exception as error:  # a training of days must survive any trouble of its gauge
             self._fail(error)
             values, count = {}, 0
@@ -131,13 +157,19 @@ class CertifiedAccuracy(Callback):
             return False
         return trainer.state.fn != "fit" or (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
-    def _certified(self, pl_module: LightningModule, samples: list[tuple[Tensor, Tensor]]) -> tuple[dict[str, float], int]:
+    def _certified(
+        self, trainer: Trainer, pl_module: LightningModule, samples: list[tuple[Tensor, Tensor]]
+    ) -> tuple[dict[str, float], int]:
         """Values to log, and over how many samples."""
         if not samples:
             return {}, 0
         began = time.perf_counter()
         x, y = (torch.cat([part.clone() for part in column]) for column in zip(*samples, strict=True))
-        network = capture(pl_module, x[:1], submodule=self.submodule)
+        # The samples are the example, unless the module takes more than they hold.
+        query = replace(self.asked.query, example=x[:1])
+        if self.asked.query.example is not None or query.inputs is not None:
+            query = self.asked.at(trainer, pl_module)
+        network = network_of(pl_module, query)
         step = _CHUNK if self.method == "local" else len(x)
         held, done = dict.fromkeys(self.eps, 0), 0
         for start in range(0, len(x), step):
