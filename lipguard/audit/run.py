@@ -277,18 +277,18 @@ def subject_of(model: nn.Module, query: Query, contents: Contents) -> Subject:
         recipe = recipe_of(network)
     elif rebuild(recipe, contents.weights).digest != network.digest:
         raise InvalidModel("the module does not hold the checkpoint's weights: load its state_dict first.")
-    return Subject(describe(model, query), recipe)
+    return Subject(describe(model, query.example, query.submodule), recipe)
 
 
-def describe(model: nn.Module, query: Query) -> dict[str, Any]:
+def describe(model: nn.Module, example: Any, submodule: str | None = None) -> dict[str, Any]:
     """What a record says of the model: its class, initial arguments as text, submodule, and the input's shape if it has one."""
-    kind, example = type(model), query.example
+    kind = type(model)
     arguments = getattr(model, "hparams", {})
     return {
         "class": f"{kind.__module__}.{kind.__qualname__}",
         "arguments": {str(name): str(value)[:200] for name, value in dict(arguments).items()},
         "input_shape": [1, *example.shape[1:]] if isinstance(example, Tensor) else None,
-        "submodule": query.submodule,
+        "submodule": submodule,
     }
 
 

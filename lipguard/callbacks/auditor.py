@@ -270,11 +270,11 @@ class CheckpointAuditor(Callback):
                 double = copy.deepcopy(module).to("cpu")
                 double.load_state_dict(payload["state_dict"], strict=True)
                 _, recipe = captured(double, query.example, submodule=query.submodule, outputs=query.outputs, inputs=query.inputs)
-            return Subject(describe(module, query), recipe)
+            return Subject(describe(module, query.example, query.submodule), recipe)
         except Exception as error:  # recorded in the checkpoint's record; the training goes on
             failure = " ".join(f"{type(error).__name__}: {error}".split())
             self._warn(f"a checkpoint's network cannot be audited: {failure}")
-            return Subject(describe(module, query), None, failure)
+            return Subject(describe(module, query.example, query.submodule), None, failure)
 
     def _after(self, trainer: Trainer, path: Path) -> None:
         self._written.append(path)

@@ -135,7 +135,7 @@ class CertifiedAccuracy(Callback):
         samples, self._samples = self._samples, []
         try:
             with torch.inference_mode(False), torch.no_grad():
-                values, count = self._certified(trainer, pl_module, samples)
+                values, count = self._certified(pl_module, samples)
         except Exception as error:  # a training of days must survive any trouble of its gauge
             self._fail(error)
             values, count = {}, 0
@@ -157,9 +157,7 @@ class CertifiedAccuracy(Callback):
             return False
         return trainer.state.fn != "fit" or (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
-    def _certified(
-        self, trainer: Trainer, pl_module: LightningModule, samples: list[tuple[Tensor, Tensor]]
-    ) -> tuple[dict[str, float], int]:
+    def _certified(self, pl_module: LightningModule, samples: list[tuple[Tensor, Tensor]]) -> tuple[dict[str, float], int]:
         """Values to log, and over how many samples."""
         if not samples:
             return {}, 0
@@ -168,7 +166,7 @@ class CertifiedAccuracy(Callback):
         # The samples are the example, unless the module takes more than they hold.
         query = replace(self.asked.query, example=x[:1])
         if self.asked.query.example is not None or query.inputs is not None:
-            query = self.asked.at(trainer, pl_module)
+            query = self.asked.at(pl_module.trainer, pl_module)
         network = network_of(pl_module, query)
         step = _CHUNK if self.method == "local" else len(x)
         held, done = dict.fromkeys(self.eps, 0), 0

@@ -107,7 +107,7 @@ class LipschitzMonitor(Callback):
         super().__init__()
         who = "LipschitzMonitor"
         self.asked = Asked(who, norm=norm, domain=domain, submodule=submodule, outputs=outputs, inputs=inputs, example=example)
-        self.method, self.solver = method, solver
+        self.method, self.norm, self.domain, self.solver = method, norm, self.asked.query.domain, solver
         with named(who):
             self._tracking(None, self.asked.query)  # names, options and norms that no module could make valid
         whole(who, none=True, every_n_epochs=every_n_epochs, every_n_train_steps=every_n_train_steps)

@@ -35,6 +35,8 @@ def capture(
     outputs: Outputs | None = None,
     inputs: Inputs | None = None,
     live: bool = False,
+    norm: None = None,
+    domain: None = None,
 ) -> Network:
     """The network that a module computes in evaluation mode, in float64 arithmetic on its stored weights.
 
@@ -53,6 +55,7 @@ def capture(
         inputs: a matrix E (d, k), for the function z -> f(E z); or, where the module takes several tensors, the place or the
             argument's name of one. The others are held at the example's values: where they are batches, at the first row's.
         live: keep the weights in the autograd graph, for penalties; else they are detached copies.
+        norm, domain: refused: they belong to the bound of the network.
     Returns:
         A `Network` with d inputs (k where `inputs` is a matrix) and m outputs: the entries of one sample, in row-major order.
     Raises:
@@ -63,6 +66,10 @@ def capture(
         UnsupportedQuery: `outputs` or `inputs` does not fit the network.
     Rounding: products of constants (a folded BatchNorm) are rounded to float64 once; the network is the certified object.
     """
+    if norm is not None or domain is not None:
+        raise UnsupportedQuery(
+            "norm and domain belong to the bound, not to the network. Give them to lipguard.bound or lipguard.exact with it."
+        )
     query = Query(outputs=outputs, inputs=inputs, submodule=submodule, example=example)
     return network_of(model, query, live=live)
 

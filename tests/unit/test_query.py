@@ -59,8 +59,8 @@ def test_mappings_as_yaml_gives_them() -> None:
     "value",
     [
         "box:0", "box:0,1,2", "box:a,b", "cube:0,1", "ball:", "ball:[1,2]", "ball:0,[1]", "ball:0,1,2,3", "box:[0,1", "", "box",
-        (0, 1), 3.0, {"kind": "box", "lower": 0}, {"kind": "cube"}, {"lower": 0, "upper": 1, "middle": 2}, {"lower": "a", "upper": 1},
-        {"kind": "ball", "radius": 1, "box": {"radius": 1}}, {},
+        (0, 1), 3.0, {"kind": "box", "lower": 0}, {"kind": "cube"}, {"lower": 0, "upper": 1, "middle": 2},
+        {"lower": "a", "upper": 1}, {"kind": "ball", "radius": 1, "box": {"radius": 1}}, {},
     ],
 )  # fmt: skip
 def test_what_is_no_domain_is_refused_with_what_to_write(value: object) -> None:

@@ -220,19 +220,19 @@ def test_a_wrong_dimension_is_recorded_and_the_reason_read(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (Options(domain=Box(1.0, 0.0)), InvalidDomain, "empty"),
-        (Options(domain=Box([0.0, 1.0], [1.0, 0.0])), InvalidDomain, "empty"),
-        (Options(domain=Ball(0.0, -1.0)), InvalidDomain, "radius"),
-        (Options(norm=3), UnsupportedQuery, "norm"),
-        (Options(method="magic"), UnknownName, "branch-and-bound"),
-        (Options(solver="magic"), UnknownName, "gurobi"),
-        (Options(time_limit=0.0), UnsupportedQuery, "time_limit"),
-        (Options(gap=-1.0), UnsupportedQuery, "gap"),
+        ({"domain": Box(1.0, 0.0)}, InvalidDomain, "empty"),
+        ({"domain": Box([0.0, 1.0], [1.0, 0.0])}, InvalidDomain, "empty"),
+        ({"domain": Ball(0.0, -1.0)}, InvalidDomain, "radius"),
+        ({"norm": 3}, UnsupportedQuery, "norm"),
+        ({"method": "magic"}, UnknownName, "branch-and-bound"),
+        ({"solver": "magic"}, UnknownName, "gurobi"),
+        ({"time_limit": 0.0}, UnsupportedQuery, "time_limit"),
+        ({"gap": -1.0}, UnsupportedQuery, "gap"),
     ],
 )
 def test_options_without_meaning_are_refused(options, error, message):
     with pytest.raises(error, match=message):
-        options.check()
+        Options(**options).check()
 
 
 def test_weights_of_another_checkpoint_are_refused(tmp_path):
