@@ -126,7 +126,7 @@ class Ball:
     box: Box | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what is no number, and a box of another type."""
+        """Refuse fields that are not numbers, and a box of another type."""
         object.__setattr__(self, "radius", _number(self.radius, "Ball.radius"))
         object.__setattr__(self, "norm", _number(self.norm, "Ball.norm"))
         if self.box is not None and not isinstance(self.box, Box):
@@ -222,7 +222,7 @@ Domain = Box | Ball
 
 
 def _rows(value: float | Sequence[float] | Tensor, size: int) -> list[Tensor] | None:
-    """The vectors of a batch (B, ...), B > 1; None if the value is no batch of vectors of that size."""
+    """The vectors of a batch (B, ...), B > 1; None if the value is not a batch of vectors of that size."""
     tensor = _on_cpu(value)
     if tensor.ndim < 2 or len(tensor) < 2 or tensor.numel() != len(tensor) * size:
         return None
@@ -233,7 +233,11 @@ def _short(value: float | Sequence[float] | Tensor) -> str:
     """A number to its last bit, or how many there are."""
     try:
         tensor = _on_cpu(value)
-    except (TypeError, ValueError, RuntimeError):  # what is no number is refused where the domain is used, not where it is shown
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ):  # what is not a number is refused where the domain is used, not where it is shown
         return f"<{type(value).__name__}>"
     return repr(tensor.item()) if tensor.numel() == 1 else f"<{tensor.numel()} numbers>"
 

@@ -244,7 +244,7 @@ class Partition(Kind):
 def _of_a_piece(record: Any) -> Multipliers | Factors:
     found = evidence_from_record(record)
     if not isinstance(found, Multipliers | Factors):
-        raise NotCertified(f"{type(found).__name__} is no evidence of a piece.")
+        raise NotCertified(f"{type(found).__name__} is not evidence of a piece.")
     return found
 
 
@@ -269,7 +269,7 @@ class Product(Kind):
 def _of_a_pair(record: Any) -> Multipliers | LocalMultipliers | Factors:
     found = evidence_from_record(record)
     if not isinstance(found, Multipliers | LocalMultipliers | Factors):
-        raise NotCertified(f"{type(found).__name__} is no evidence of a pair of outputs.")
+        raise NotCertified(f"{type(found).__name__} is not evidence of a pair of outputs.")
     return found
 
 

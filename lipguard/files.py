@@ -56,4 +56,4 @@ def _once(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
 
 
 def _refused(token: str) -> object:
-    raise ValueError(f"{token} is no number of JSON")
+    raise ValueError(f"{token} is not a JSON number")

@@ -96,13 +96,13 @@ def shown(value: object) -> str:
 
 def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{shown(value)} is no finite number")
+        raise ValueError(f"{shown(value)} is not a finite number")
     return float(value)
 
 
 def _count(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**62:
-        raise ValueError(f"{shown(value)} is no whole number from 0")
+        raise ValueError(f"{shown(value)} is not a whole number of at least 0")
     return value
 
 
@@ -117,7 +117,7 @@ def _of_type(kind: type, name: str) -> Callable[[object], Any]:
 
 def _listed(value: object) -> Sequence[Any]:
     if not isinstance(value, list | tuple):
-        raise ValueError(f"{type(value).__name__} in place of a list")
+        raise ValueError(f"{type(value).__name__} instead of a list")
     return value
 
 
@@ -173,7 +173,7 @@ def by_node(form: Form) -> Form:
 
     def read(value: object) -> dict[int, Any]:
         if not isinstance(value, Mapping):
-            raise ValueError(f"{type(value).__name__} in place of values by node")
+            raise ValueError(f"{type(value).__name__} instead of values by node")
         for key in value:
             # One spelling for one node: "07" or " 7" would let two entries stand for the same.
             if not (isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 10 and str(int(key)) == key):
@@ -193,7 +193,7 @@ def read_fields(record: object, forms: Mapping[str, Form], needed: set[str], wha
         NotCertified: the record is no JSON object, a field that is needed is missing, one is unknown, or one has no meaning.
     """
     if not isinstance(record, Mapping):
-        raise NotCertified(f"{what} is damaged: {type(record).__name__} in place of an object with fields.")
+        raise NotCertified(f"{what} is damaged: {type(record).__name__} instead of an object with fields.")
     if unknown := sorted(str(name) for name in record if name not in forms):
         raise NotCertified(f"{what} is damaged: it has no field called {shown(unknown[0])}.")
     if missing := sorted(needed - set(record)):

@@ -102,12 +102,12 @@ SOLVERS: dict[str, Entry] = _table(
     Entry("low-rank", "lipguard.solvers.low_rank:LowRank", solves=("sdp",), least_tol=1e-6),
     Entry("first-order", "lipguard.solvers.first_order:FirstOrder", solves=("sdp",)),
     _conic("scs", "pip install cvxpy scs"),
-    _conic("clarabel", "pip install cvxpy clarabel"),
-    _conic("cvxopt", "pip install cvxopt"),
-    _conic("mosek", "pip install mosek, and a MOSEK licence file"),
+    _conic("clarabel", 'pip install "lipguard[clarabel]"'),
+    _conic("cvxopt", 'pip install "lipguard[cvxopt]"'),
+    _conic("mosek", 'pip install "lipguard[mosek]", and a MOSEK licence file'),
     _mixed_integer("gurobi", "gurobipy", "pip install gurobipy; beyond 2000 variables a Gurobi licence", ("milp", "miqcqp")),
-    _mixed_integer("highs", "highspy", "pip install highspy", ("milp",)),
-    _mixed_integer("scip", "pyscipopt", "pip install pyscipopt", ("milp", "miqcqp")),
+    _mixed_integer("highs", "highspy", 'pip install "lipguard[highs]"', ("milp",)),
+    _mixed_integer("scip", "pyscipopt", 'pip install "lipguard[scip]"', ("milp", "miqcqp")),
 )
 """In the order in which "auto" tries mixed-integer solvers."""
 
@@ -190,7 +190,7 @@ def _find(name: str, known: Mapping[str, Entry], what: str, besides: tuple[str, 
 
 @cache
 def _plugins(group: str) -> dict[str, Entry]:
-    """Entries of other packages; one that cannot be imported is told once and left out."""
+    """Entries of other packages; one that cannot be imported is reported once and left out."""
     found: dict[str, Entry] = {}
     for point in entry_points(group=group):
         try:

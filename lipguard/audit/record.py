@@ -131,7 +131,7 @@ def read_record(path: str | os.PathLike[str]) -> AuditRecord:
         raise NotCertified(f"{file} was changed after it was written: its text is not how its values are written.")
     names = {f.name for f in fields(AuditRecord)}
     if set(document) != names:
-        raise NotCertified(f"{file} has not the fields of a record: {', '.join(sorted(set(document) ^ names))}.")
+        raise NotCertified(f"{file} does not have the fields of a record: {', '.join(sorted(set(document) ^ names))}.")
     return AuditRecord(**document)
 
 

@@ -25,7 +25,7 @@ def nearest_found(network: Network, x: Tensor, y: Tensor, box: Box | None = None
         network: a classifier.
         x: samples, (B, d).
         y: classes, (B,).
-        box: the inputs there are.
+        box: every input that can occur.
     """
     at, found = x.clone(), torch.full_like(x[:, 0], math.inf)
     best = x.clone()

@@ -52,8 +52,8 @@ _JUMPS = (
     "changes. Write it with relu, clamp or abs, or bound the part before it with submodule=...."
 )
 _LENGTH = (
-    "uses {origin}, a length, which is no function of single entries. x -> |x| has the constant 1 in its own norm: the bound of "
-    "what is before it, submodule=..., is the bound of its length. x / |x| has the slope 1 / |x|, which has no bound near zero."
+    "uses {origin}, a length, which is not a function of single entries. x -> |x| has the constant 1 in its own norm: the "
+    "bound of what is before it, submodule=..., bounds its length. x / |x| has the slope 1 / |x|, which has no bound near zero."
 )
 _SPREAD = (
     "uses {origin} of the sample itself: a division by the spread has no bound that is useful where the spread vanishes. Use "
@@ -184,7 +184,7 @@ class Trace:
         # A finite sum proves every entry finite; an infinite one may also be an overflow.
         if not bool(plain.sum().isfinite()) and not bool(plain.isfinite().all()):
             name = self._names.get(id(tensor), f"{self.path}: {label}")
-            raise InvalidModel(f"{name} has {int((~plain.isfinite()).sum())} nan or infinite entries: it is no function.")
+            raise InvalidModel(f"{name} has {int((~plain.isfinite()).sum())} nan or infinite entries: it is not a function.")
         return tensor.to(torch.float64) if self.live and tensor.requires_grad else plain
 
     def per_feature(self, constant: Tensor | float, x: Value) -> Tensor:

@@ -17,7 +17,7 @@ START, AGAIN = 60, 6
 """Factorisations spent on new multipliers, and on some that the weights have left far behind."""
 
 _UNFELT = 1e-6
-"""Least scale of a neuron's multiplier beside that of the most felt neuron of its layer."""
+"""Least scale of a neuron's multiplier relative to that of the neuron with the largest effect in its layer."""
 
 _FAR, _LOST = 0.25, 4.0
 """Decrease of log rho promised by single-coordinate steps from which these no longer follow, and from which the weights count

@@ -15,8 +15,8 @@ def fill(rows: Sequence[Iterable[int]], out: Iterable[int]) -> tuple[list[tuple[
     Returns:
         For every layer from the last to the first the sources it meets, and all blocks (i, j), j <= i, that fill in.
     """
-    felt = list(out)
-    pairs = {(i, j) for i in felt for j in felt if j <= i}
+    met = list(out)
+    pairs = {(i, j) for i in met for j in met if j <= i}
     shapes = []
     for k in reversed(range(len(rows))):
         sources = sorted({j for j in rows[k] if j < k} | {j for i, j in pairs if i == k and j < k})
@@ -30,7 +30,7 @@ class Elimination:
     """What is left of Z when the neurons are eliminated, and the way back.
 
     Attributes:
-        schur: S, (r, r), with Z(rho, t) >= 0 iff rho I >= S; None if no channel is felt.
+        schur: S, (r, r), with Z(rho, t) >= 0 iff rho I >= S; None if no channel has an effect.
         factors: Cholesky factor of each layer's pivot.
         solved: by layer k and earlier source j, factor_k^-1 times the coupling of k to j.
     """

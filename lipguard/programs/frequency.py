@@ -107,15 +107,15 @@ class FrequencyProgram:
             factor, info = torch.linalg.cholesky_ex(torch.diag(2 * t) - own)
             if bool((info != 0).any()):
                 raise SolverFailed("a pivot of the chain is not positive definite.")
-            felt = {}
+            whitened = {}
             for j in (-1, *range(k)):
                 cross = s.pop((k, j), None)
                 if j in self.rows[k]:
                     coupling = t[:, None] * self.rows[k][j]
                     cross = coupling if cross is None else cross + coupling
                 if cross is not None:
-                    felt[j] = torch.linalg.solve_triangular(factor, cross, upper=False)
-            add(felt, self.levels[k])
+                    whitened[j] = torch.linalg.solve_triangular(factor, cross, upper=False)
+            add(whitened, self.levels[k])
         last = s.get((-1, -1))
         if last is None:
             raise SolverFailed("the output does not feel the input.")

@@ -82,10 +82,10 @@ def lipsdp(fb: Feedback, tied: bool = False, free: Literal["inputs", "outputs"] 
     slopes = (alpha, beta) if kept else None
     layers = range(len(fb.sizes))
     index = torch.arange(sum(fb.sizes), device=alpha.device)
-    heard = [k for k in layers if k in out]
+    reaching = [k for k in layers if k in out]
     seeing = [k for k in layers if -1 in rows[k]]
     forward = min(fb.inputs, sum(fb.sizes[k] for k in seeing) + (fb.outputs if -1 in out else 0))
-    backward = min(fb.outputs, sum(fb.sizes[k] for k in heard) + (fb.inputs if -1 in out else 0))
+    backward = min(fb.outputs, sum(fb.sizes[k] for k in reaching) + (fb.inputs if -1 in out else 0))
     transposed = backward < forward if free is None else free == "outputs"
     if not transposed:
         program = _program(fb.sizes, fb.inputs, rows, out, scaling, free is None, slopes)
@@ -98,7 +98,7 @@ def lipsdp(fb: Feedback, tied: bool = False, free: Literal["inputs", "outputs"] 
             for source, block in rows[k].items():
                 if source >= 0:
                     flipped[last - source][last - k] = block.T
-        for k in heard:
+        for k in reaching:
             flipped[last - k][-1] = out[k].T
         outward = {last - k: rows[k][-1].T for k in seeing}
         if -1 in out:
@@ -199,7 +199,7 @@ def _program(
     seeing = [row[-1] for row in rows if -1 in row] + ([out[-1]] if -1 in out else [])
     height = sum(block.shape[0] for block in seeing)
     if merge and height < channels:
-        # G = [A; D] = R' O' with O orthonormal: only O'x is felt, of dimension `height`.
+        # G = [A; D] = R' O' with O orthonormal: only O'x matters, of dimension `height`.
         reduced = torch.linalg.qr(torch.cat(seeing).T, mode="r").R.T.contiguous() if seeing else None
         start = 0
         fresh: list[dict[int, Tensor]] = []

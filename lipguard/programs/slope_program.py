@@ -305,7 +305,7 @@ class SlopeProgram:
             factors[k], info = torch.linalg.cholesky_ex(pivot)
             if int(info) != 0:
                 raise SolverFailed("a pivot of the chain is not positive definite.")
-            felt = solved[k] = {}
+            whitened = solved[k] = {}
             for j in (-1, *range(k)):
                 cross = s.get((k, j))
                 if j in self.rows[k]:
@@ -313,9 +313,9 @@ class SlopeProgram:
                     cross = coupling if cross is None else cross + coupling
                 if cross is not None:
                     # L^-1 X as (X' L^-T)': LAPACK's layout without a copy, at half the time.
-                    felt[j] = torch.linalg.solve_triangular(factors[k].mT, cross.mT, upper=True, left=False).mT
-            for i, left in felt.items():
-                for j, right in felt.items():
+                    whitened[j] = torch.linalg.solve_triangular(factors[k].mT, cross.mT, upper=True, left=False).mT
+            for i, left in whitened.items():
+                for j, right in whitened.items():
                     if j <= i:
                         add(i, j, left.T @ right)
             for (i, j), block in self.bent(t, k).items():

@@ -108,7 +108,7 @@ def _sweep(program: SlopeProgram, eliminated: Elimination, top: Tensor, t: Tenso
     to by V_k = P^-1 X, from the channels on.
     """
     adjoint = {(-1, -1): top}
-    felt = set(program.out).union(*program.rows)
+    read = set(program.out).union(*program.rows)
     slopes, energies = [], []
     for k in range(len(program.sizes)):
         solved = eliminated.solved[k]
@@ -135,7 +135,7 @@ def _sweep(program: SlopeProgram, eliminated: Elimination, top: Tensor, t: Tenso
         # log t follows log s: what t passes to s, s passes to the diagonal of S_kk.
         passed = -2 * ab * t[here] / factors[here]
         passed = passed.mean().expand(len(passed)) if program.groups is not None else passed + _MEAN * passed.mean()
-        if k in felt:
+        if k in read:
             adjoint[k, k] = own + torch.diag(passed)
     return torch.cat(slopes), torch.cat(energies)
 

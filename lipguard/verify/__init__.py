@@ -93,7 +93,7 @@ def verify(
     if isinstance(certificate, Enclosure):
         lower, upper = (verify(network, end) for end in (certificate.lower_certificate, certificate.upper_certificate))
         if lower.side != "lower" or upper.side != "upper" or lower.norm != upper.norm or not _same(lower.domain, upper.domain):
-            raise NotCertified("the ends of the enclosure are no lower and upper bound of one constant.")
+            raise NotCertified("the ends of the enclosure are not a lower and an upper bound of one constant.")
         if lower.value > upper.value:
             raise Contradiction(
                 f"verified lower bound {lower.value!r} > verified upper bound {upper.value!r}. Please report this."

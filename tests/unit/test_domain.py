@@ -1,4 +1,4 @@
-"""Domains: what is no number, and what is no domain, is refused with an error of the package."""
+"""Domains: what is not a number or not a domain is refused with an error of the package."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def test_unknown_and_missing_fields_are_refused(kind):
         ({"kind": "factors", "norms": {"01": 1.0}}, "no node"),
         ({"kind": "factors", "norms": {"-1": 1.0}}, "no node"),
         ({"kind": "factors", "norms": {"²": 1.0}}, "no node"),
-        ({"kind": "product", "cuts": [], "factors": [{"kind": "slopes"}]}, "no evidence of a piece"),
+        ({"kind": "product", "cuts": [], "factors": [{"kind": "slopes"}]}, "not evidence of a piece"),
         ({"kind": "__class__"}, "no evidence is called"),
         ({"kind": ["factors"]}, "no evidence is called"),
         (7, "no evidence is called"),

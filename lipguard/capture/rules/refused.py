@@ -43,7 +43,7 @@ _RECURRENT = (
     "length."
 )
 _GATED = (
-    "is recurrent with gates that multiply the state: a product of two values is no function of single entries. From a zero "
+    "is recurrent with gates that multiply the state: a product of two values is not a function of single entries. From a zero "
     "state, the state of step t stays within t, so that the product rule gives a constant, one that grows with the number of "
     "steps and that no method here computes. Bound the parts before and after it with submodule=..., or use nn.RNNCell in a "
     "loop, which is captured."
@@ -68,7 +68,7 @@ REASONS = {
     "logsumexp": _LOGSUMEXP,
     "normalize": _NORMALIZE,
     "cosine_similarity": _NORMALIZE,
-    "local_response_norm": "divides by the squares of neighbouring channels: it is no function of single entries, and has no "
+    "local_response_norm": "divides by the squares of neighbouring channels: it is not a function of single entries, and has no "
     "rule. Bound the parts before and after it with submodule=....",
     "scaled_dot_product_attention": _ATTENTION,
     "multi_head_attention_forward": _ATTENTION,

@@ -34,7 +34,7 @@ def detach(trace: Trace, input: Value) -> int:
 def view(trace: Trace, input: Value, *shape: object, **kwargs: object) -> int:
     """view with a shape; view with a dtype reads the bits anew."""
     if isinstance((*shape, *kwargs.values())[0], torch.dtype):
-        trace.refuse("reads the bits of its input as another type: it is no function of real numbers.")
+        trace.refuse("reads the bits of its input as another type: it is not a function of real numbers.")
     return input.node
 
 

@@ -63,7 +63,7 @@ def _one(network: Network, neurons: Network, bound: PairBound, norms: dict[int, 
     if pair is None and isinstance(evidence, Multipliers):
         return times(check_multipliers(neurons, evidence, TWO), sqrt_up(2.0))  # ||e_i - e_j|| = sqrt 2
     if not (isinstance(evidence, Multipliers | Factors) and _is_pair(pair, network.outputs)):
-        raise NotCertified(f"{type(evidence).__name__} is no evidence of the outputs {pair}.")
+        raise NotCertified(f"{type(evidence).__name__} is not evidence of the outputs {pair}.")
     if isinstance(evidence, Multipliers):
         row = rows_of(torch.tensor([pair], device=network.device), network)
         return check_multipliers(neurons.with_outputs(row), evidence, TWO)

@@ -35,7 +35,7 @@ class Samples:
     Attributes:
         network: without coupled nodes.
         x, y: inputs in the box, (K, d) float64, and classes, (K,).
-        box: the inputs there are.
+        box: every input that can occur.
         others: the classes other than y in their order, (K, m - 1).
         rows: e_y - e_j for each of them, (K, m - 1, m).
         margins: lower bounds of f_y(x) - f_j(x), rounding included, (K, m - 1).

@@ -33,5 +33,5 @@ def check_product(network: Network, evidence: Product, norm: tuple[float, float]
             case Factors():
                 value = times(value, check_factors(part, factor, norm))
             case _:
-                raise NotCertified(f"{type(factor).__name__} is no evidence of a piece.")
+                raise NotCertified(f"{type(factor).__name__} is not evidence of a piece.")
     return value
