@@ -3,8 +3,9 @@
 With slopes of phi in [alpha, beta] and T > 0 diagonal, let P(T) = (I - alpha W)'T (I - beta W) + its transpose. If P(T) > 0
 then z exists, is unique and depends on v without jumps. To see this, let D be diagonal with entries in [alpha, beta]. If
 z = D W z, then p = W z has (z - alpha p)(beta p - z) >= 0 entry by entry, so that -z'P(T)z =
-2 sum_j t_j (z - alpha p)_j (beta p - z)_j >= 0 and z = 0: I - D W is invertible for all these D, a compact set. F(z) = z - phi(W z + v) has F(z) - F(z') =
-(I - D W)(z - z') for some such D, hence is injective, open (invariance of domain) and proper: a homeomorphism.
+2 sum_j t_j (z - alpha p)_j (beta p - z)_j >= 0 and z = 0: I - D W is invertible for all these D, a compact set. F(z) =
+z - phi(W z + v) has F(z) - F(z') = (I - D W)(z - z') for some such D, hence is injective, open (invariance of domain) and
+proper: a homeomorphism.
 
 A layer that contracts in a weighted maximum norm has such a T as well: if I - M > 0 holds for the Metzler majorant M of W in
 the sense of M-matrices, then T (I - M) + (I - M)'T > 0 for some T (Berman, Plemmons, Theorem 6.2.3), and |z|'T (I - M) |z| is
