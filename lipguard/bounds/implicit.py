@@ -19,7 +19,6 @@ from lipguard.certificate import Certificate, Magnitudes, Query
 from lipguard.network import Activation, Affine, Coupled, Implicit, Input, Network, Sum
 from lipguard.verify import verify
 from lipguard.verify.norms.implicit import propose_magnitude
-from lipguard.verify.norms.magnitudes import coupled_magnitude
 
 
 @dataclass(frozen=True)
@@ -87,9 +86,9 @@ def _vectors(network: Network, transposed: bool) -> dict[int, Tensor]:
                 hand(node.source if transposed else i, vectors[i])
             case Coupled():
                 if transposed:
-                    hand(node.source, coupled_magnitude(node.function, found[i], network.sizes[node.source]))
+                    hand(node.source, node.function.magnitude(found[i], network.sizes[node.source]))
                 else:
-                    found[i] = coupled_magnitude(node.function, found[node.source])
+                    found[i] = node.function.magnitude(found[node.source])
             case Sum():
                 if transposed:
                     for source in node.sources:
