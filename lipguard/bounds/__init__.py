@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
 from torch import nn
@@ -13,6 +13,7 @@ from lipguard.bounds.choice import default_method
 from lipguard.bounds.method import Method, build, check_options
 from lipguard.capture import network_of
 from lipguard.certificate import Ball, Box, Certificate, Domain, Query
+from lipguard.domain import domain_from
 from lipguard.errors import InvalidDomain
 from lipguard.network import Network
 from lipguard.query import Inputs, Norm, Outputs
@@ -118,6 +119,8 @@ def bound(
     query = Query(norm, None, outputs, inputs, submodule, example)
     chosen = None if method is None else [build(method, given)]
     network = network_of(model, query)
+    if isinstance(domain, str | Mapping):
+        domain = domain_from(domain, query.norm[0])
     domains, several = _domains(domain, network.inputs)
     if chosen is None:
         chosen = _chosen(network, query, bool(domains), given)
