@@ -1,5 +1,8 @@
 """Every remedy that a message names is typed where the error was raised; and every one names arguments that are there."""
 
+# Wrong arguments are the subject here.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 import ast
 import inspect
 import re
