@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lipguard.bounds.method import PAIRS, Method, Pair
 from lipguard.certificate import Certificate, Magnitudes, Query
-from lipguard.network import Activation, Affine, Coupled, Implicit, Input, Network, Sum
+from lipguard.network import Activation, Affine, Coupled, Implicit, Input, Network, Sum, Walk
 from lipguard.verify import verify
 from lipguard.verify.norms.implicit import propose_magnitude
 
@@ -49,50 +49,56 @@ _MARGIN = 1 + 1e-10
 
 def _vectors(network: Network, transposed: bool) -> dict[int, Tensor]:
     """The responses of the implicit layers to magnitudes, in floating point."""
-    vectors: dict[int, Tensor] = {}
-    options = {"dtype": torch.float64, "device": network.device}
-    last = len(network.nodes) - 1
-    found: dict[int, Tensor] = {}
     if transposed:
-        found[last] = torch.ones(network.outputs, **options)  # type: ignore[arg-type]
+        back = _Backwards(network)
+        network.pull(back, torch.ones(network.outputs, dtype=torch.float64, device=network.device))
+        return back.vectors
+    forth = _Forwards(network)
+    network.fold(forth)
+    return forth.vectors
 
-    def hand(target: int, value: Tensor) -> None:
-        found[target] = found[target] + value if target in found else value
 
-    for i in reversed(range(last + 1)) if transposed else range(last + 1):
-        node = network.nodes[i]
-        if transposed and i not in found:
-            continue
-        match node:
-            case Input():
-                if not transposed:
-                    found[i] = torch.ones(node.size, **options)  # type: ignore[arg-type]
-            case Affine():
-                magnitude = node.operator.abs()
-                if transposed:
-                    hand(node.source, magnitude.transpose()(found[i]))
-                else:
-                    found[i] = magnitude(found[node.source])
-            case Activation():
-                alpha, beta = node.function.slopes
-                steepest = torch.maximum(alpha.abs(), beta.abs())
-                if transposed:
-                    hand(node.source, steepest * found[i])
-                else:
-                    found[i] = steepest * found[node.source]
-            case Implicit():
-                given = found[i if transposed else node.source]
-                vectors[i] = propose_magnitude(node, given, transposed) * _MARGIN
-                hand(node.source if transposed else i, vectors[i])
-            case Coupled():
-                if transposed:
-                    hand(node.source, node.function.magnitude(found[i], network.sizes[node.source]))
-                else:
-                    found[i] = node.function.magnitude(found[node.source])
-            case Sum():
-                if transposed:
-                    for source in node.sources:
-                        hand(source, found[i])
-                else:
-                    found[i] = torch.stack([found[s] for s in node.sources]).sum(0)
-    return vectors
+class _Forwards(Walk[Tensor]):
+    """Bounds of the absolute values of increments; `vectors` collects those of implicit layers."""
+
+    lacks = "no bound of absolute values is known"
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.vectors: dict[int, Tensor] = {}
+
+    def input(self, i: int, node: Input) -> Tensor:
+        return torch.ones(node.size, dtype=torch.float64, device=self.network.device)
+
+    def affine(self, i: int, node: Affine, read: Tensor) -> Tensor:
+        return node.operator.abs()(read)
+
+    def activation(self, i: int, node: Activation, read: Tensor) -> Tensor:
+        return node.function.steepest * read
+
+    def implicit(self, i: int, node: Implicit, read: Tensor) -> Tensor:
+        self.vectors[i] = propose_magnitude(node, read, False) * _MARGIN
+        return self.vectors[i]
+
+    def coupled(self, i: int, node: Coupled, read: Tensor) -> Tensor:
+        return node.function.magnitude(read)
+
+    def total(self, i: int, node: Sum, *read: Tensor) -> Tensor:
+        return torch.stack(read).sum(0)
+
+
+class _Backwards(_Forwards):
+    """The same from the output: bounds of the absolute values of its derivative."""
+
+    def affine(self, i: int, node: Affine, read: Tensor) -> Tensor:
+        return node.operator.abs().transpose()(read)
+
+    def implicit(self, i: int, node: Implicit, read: Tensor) -> Tensor:
+        self.vectors[i] = propose_magnitude(node, read, True) * _MARGIN
+        return self.vectors[i]
+
+    def coupled(self, i: int, node: Coupled, read: Tensor) -> Tensor:
+        return node.function.magnitude(read, self.network.sizes[node.source])
+
+    def total(self, i: int, node: Sum, *read: Tensor) -> Tensor:
+        return read[0]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lipguard.bounds.method import PAIRS, Method, Pair
 from lipguard.certificate import Certificate, Domain, Query, Side, Witness
-from lipguard.network import Activation, Affine, Implicit, Input, Network, Sum
+from lipguard.network import Activation, Adjoint, Affine, Implicit, Input, Linear, Network, Sum, Walk
+from lipguard.network.activations import Elementwise
 from lipguard.programs.rewriting import elementwise
 from lipguard.verify import verify
 
@@ -103,7 +104,7 @@ class Sampling(Method):
 
 def _affordable(network: Network, starts: int) -> int:
     """Fewer starts where an implicit layer takes a matrix factorisation for each of them in every step."""
-    cubes = sum(network.sizes[i] ** 3 for i, node in enumerate(network.nodes) if isinstance(node, Implicit))
+    cubes = sum(network.sizes[i] ** 3 for i, node in enumerate(network.nodes) if node.loop is not None)
     return starts if cubes == 0 else max(min(starts, 8), min(starts, int(_CUBES / cubes)))
 
 
@@ -161,40 +162,44 @@ def _dual_direction(gradient: Tensor, fallback: Tensor, p: float) -> Tensor:
 
 def _forward(network: Network, x: Tensor, v: Tensor, window: float) -> tuple[Tensor, Tensor]:
     """J_h(x) v with smoothed slopes, differentiable, and J(x) v with the true ones."""
-    values: list[Tensor] = []
-    smooth: list[Tensor] = []
-    true: list[Tensor] = []
-    for node in network.nodes:
-        match node:
-            case Input():
-                values.append(x)
-                smooth.append(v)
-                true.append(v.detach())
-            case Affine():
-                z = node.operator(values[node.source])
-                values.append(z if node.bias is None else z + node.bias)
-                smooth.append(node.operator(smooth[node.source]))
-                true.append(node.operator(true[node.source]))
-            case Activation():
-                z, phi = values[node.source], node.function
-                h = window * z.detach().abs().mean(1, keepdim=True).clamp_min(1e-12)
-                values.append(phi(z))
-                smooth.append((phi(z + h) - phi(z - h)) / (2 * h) * smooth[node.source])
-                low, high = phi.slope_range(z.detach(), z.detach())
-                true.append((low + high) / 2 * true[node.source])
-            case Implicit():
-                z, phi = node.value(values[node.source]), node.function
-                p = node.operator(z) + values[node.source]
-                h = window * p.detach().abs().mean(1, keepdim=True).clamp_min(1e-12)
-                low, high = phi.slope_range(p.detach(), p.detach())
-                values.append(z)
-                smooth.append(response(node, (phi(p + h) - phi(p - h)) / (2 * h), smooth[node.source]))
-                true.append(response(node, (low + high) / 2, true[node.source]))
-            case Sum():
-                values.append(torch.stack([values[s] for s in node.sources]).sum(0))
-                smooth.append(torch.stack([smooth[s] for s in node.sources]).sum(0))
-                true.append(torch.stack([true[s] for s in node.sources]).sum(0))
-    return smooth[-1], true[-1]
+    _, smooth, true = network.fold(_Smoothed(x, v, window))[-1]
+    return smooth, true
+
+
+_Three = tuple[Tensor, Tensor, Tensor]
+"""A value, J_h v and J v, each (k, size)."""
+
+
+class _Smoothed(Walk[_Three]):
+    def __init__(self, x: Tensor, v: Tensor, window: float) -> None:
+        self.start = (x, v, v.detach())
+        self.window = window
+
+    def input(self, i: int, node: Input) -> _Three:
+        return self.start
+
+    def affine(self, i: int, node: Affine, read: _Three) -> _Three:
+        return node.value(read[0]), node.operator(read[1]), node.operator(read[2])
+
+    def activation(self, i: int, node: Activation, read: _Three) -> _Three:
+        z, phi = read[0], node.function
+        smooth, true = self.slopes(phi, z)
+        return phi(z), smooth * read[1], true * read[2]
+
+    def implicit(self, i: int, node: Implicit, read: _Three) -> _Three:
+        z = node.value(read[0])
+        smooth, true = self.slopes(node.function, node.operator(z) + read[0])
+        return z, response(node, smooth, read[1]), response(node, true, read[2])
+
+    def total(self, i: int, node: Sum, *read: _Three) -> _Three:
+        value, smooth, true = (torch.stack(part).sum(0) for part in zip(*read, strict=True))
+        return value, smooth, true
+
+    def slopes(self, phi: Elementwise, p: Tensor) -> tuple[Tensor, Tensor]:
+        """Smoothed and true slopes at the pre-activations p."""
+        h = self.window * p.detach().abs().mean(1, keepdim=True).clamp_min(1e-12)
+        low, high = phi.slope_range(p.detach(), p.detach())
+        return (phi(p + h) - phi(p - h)) / (2 * h), (low + high) / 2
 
 
 def response(node: Implicit, slopes: Tensor, x: Tensor, transposed: bool = False) -> Tensor:
@@ -211,12 +216,12 @@ def slopes_at(network: Network, x: Tensor) -> list[Tensor]:
     values = network.values(x)
     result = []
     for i in network.activations:
-        node = network.nodes[i]
-        assert isinstance(node, Activation | Implicit)
-        p = values[node.source]
-        if isinstance(node, Implicit):
-            p = p + node.operator(values[i])
-        low, high = node.function.slope_range(p, p)
+        node, function = network.nodes[i], network.nodes[i].elementwise
+        assert function is not None
+        p = values[node.sources[0]]
+        if node.loop is not None:
+            p = p + node.loop(values[i])
+        low, high = function.slope_range(p, p)
         result.append((low + high) / 2)
     return result
 
@@ -229,31 +234,21 @@ def jacobian(network: Network, slopes: list[Tensor], rows: Tensor | None = None)
     k = len(slopes[0]) if slopes else 1
     if rows is None:
         rows = torch.eye(network.outputs, dtype=torch.float64, device=network.device).expand(k, -1, -1)
-    adjoint: dict[int, Tensor] = {len(network.nodes) - 1: rows}
-    position = {i: j for j, i in enumerate(network.activations)}
+    back = network.pull(_Back(network, slopes), rows)
+    return back[0] if 0 in back else torch.zeros(k, rows.shape[1], network.inputs, dtype=torch.float64, device=network.device)
 
-    def add(i: int, value: Tensor) -> None:
-        adjoint[i] = adjoint[i] + value if i in adjoint else value
 
-    for i in reversed(range(len(network.nodes))):
-        if i not in adjoint:
-            continue
-        node, g = network.nodes[i], adjoint[i]
-        match node:
-            case Affine():
-                add(node.source, node.operator.transpose()(g))
-            case Activation():
-                add(node.source, g * slopes[position[i]][:, None, :])
-            case Implicit():
-                add(node.source, response(node, slopes[position[i]], g, transposed=True))
-            case Sum():
-                for source in node.sources:
-                    add(source, g)
-            case Input():
-                pass
-    return (
-        adjoint[0] if 0 in adjoint else torch.zeros(k, rows.shape[1], network.inputs, dtype=torch.float64, device=network.device)
-    )
+class _Back(Adjoint):
+    """Rows (k, r, size) backwards at given slopes of the neurons."""
+
+    def __init__(self, network: Network, slopes: list[Tensor]) -> None:
+        self.slopes = dict(zip(network.activations, slopes, strict=True))
+
+    def activation(self, i: int, node: Activation, read: Tensor) -> Tensor:
+        return read * self.slopes[i][:, None, :]
+
+    def implicit(self, i: int, node: Implicit, read: Tensor) -> Tensor:
+        return response(node, self.slopes[i], read, transposed=True)
 
 
 def _norms_along(network: Network, x: Tensor, v: Tensor, norm: tuple[float, float]) -> tuple[Tensor, Tensor]:
@@ -271,21 +266,24 @@ def _norms_along(network: Network, x: Tensor, v: Tensor, norm: tuple[float, floa
 
 def _tangent(network: Network, slopes: list[Tensor], v: Tensor) -> Tensor:
     """J v (k, m) for directions v (k, d) and given slopes of the neurons."""
-    values: list[Tensor] = []
-    position = {i: j for j, i in enumerate(network.activations)}
-    for i, node in enumerate(network.nodes):
-        match node:
-            case Input():
-                values.append(v)
-            case Affine():
-                values.append(node.operator(values[node.source]))
-            case Activation():
-                values.append(slopes[position[i]] * values[node.source])
-            case Implicit():
-                values.append(response(node, slopes[position[i]], values[node.source]))
-            case Sum():
-                values.append(torch.stack([values[s] for s in node.sources]).sum(0))
-    return values[-1]
+    return network.fold(_Tangent(network, slopes, v))[-1]
+
+
+class _Tangent(Linear):
+    """Directions (k, size) forwards at given slopes of the neurons."""
+
+    def __init__(self, network: Network, slopes: list[Tensor], v: Tensor) -> None:
+        self.slopes = dict(zip(network.activations, slopes, strict=True))
+        self.start = v
+
+    def input(self, i: int, node: Input) -> Tensor:
+        return self.start
+
+    def activation(self, i: int, node: Activation, read: Tensor) -> Tensor:
+        return self.slopes[i] * read
+
+    def implicit(self, i: int, node: Implicit, read: Tensor) -> Tensor:
+        return response(node, self.slopes[i], read)
 
 
 def _jacobian_norms(network: Network, x: Tensor, v: Tensor, norm: tuple[float, float]) -> tuple[Tensor, Tensor]:

@@ -20,8 +20,7 @@ from lipguard.exact.methods import BranchAndBound, ExactMethod
 from lipguard.exact.mixed_integer import kind_of
 from lipguard.exact.preactivation import bounds
 from lipguard.exact.problem import problem
-from lipguard.network import Activation, Network
-from lipguard.network.activations import PiecewiseLinear
+from lipguard.network import Network
 from lipguard.outward import show_upper
 from lipguard.programs.rewriting import elementwise
 from lipguard.query import Inputs, Norm, Outputs
@@ -175,12 +174,8 @@ def _refusal(network: Network, query: Query) -> str | None:
     """Why branch and bound does not take the query; None if it does."""
     if query.domain is not None:
         return None
-    breaks = [
-        node.function.breaks
-        for node in network.nodes
-        if isinstance(node, Activation) and isinstance(node.function, PiecewiseLinear)
-    ]
-    if any(bool((at != 0).any()) for at in breaks):
+    functions = [node.elementwise.piecewise for node in network.nodes if node.elementwise is not None]
+    if any(bool((function.breaks != 0).any()) for function in functions if function is not None):
         return "on all of R^d branch and bound needs break points at 0"
     n, d = elementwise(network).neurons, network.inputs
     if (2 * d + 1) * n * (n + d) > _ENTRIES:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lipguard.errors import UnsupportedQuery
-from lipguard.network import Activation, Affine, Implicit, Input, Network, Sum
+from lipguard.network import Activation, Affine, Input, Linear, Network
 from lipguard.network.activations import PiecewiseLinear
 from lipguard.programs.feedback import feedback_of
 from lipguard.programs.rewriting import elementwise
@@ -146,18 +146,19 @@ def piecewise_form(network: Network) -> PiecewiseForm:
     neurons: list[Neuron] = []
     for i in network.activations:
         node = network.nodes[i]
-        if isinstance(node, Implicit):
+        if node.loop is not None:
             raise UnsupportedQuery(
                 f"{node.name or f'node {i}'} is an implicit layer: the exact methods take feed-forward networks only. "
                 "lipguard.bound gives verified bounds for it: methods 'lipsdp-neuron', 'contraction', 'sampling'."
             )
-        assert isinstance(node, Activation)
-        if not isinstance(node.function, PiecewiseLinear):
+        function = node.elementwise
+        assert function is not None
+        if function.piecewise is None:
             raise UnsupportedQuery(
-                f"{node.name or f'node {i}'} ({node.function.name}) is not piecewise linear: there is no finite set of "
+                f"{node.name or f'node {i}'} ({function.name}) is not piecewise linear: there is no finite set of "
                 f"regions to search. lipguard.bound gives verified upper bounds for it: methods 'lipsdp-neuron', 'spectral'."
             )
-        neurons += _neurons(node.function, network.sizes[i])
+        neurons += _neurons(function.piecewise, network.sizes[i])
     feedback = feedback_of(network)
     a, b, c, d = (m.detach().to("cpu", torch.float64).numpy() for m in feedback.dense())
     return PiecewiseForm(a, b, _offsets(network), c, d, feedback.slices, tuple(neurons))
@@ -186,18 +187,23 @@ def _neurons(function: PiecewiseLinear, size: int) -> list[Neuron]:
 
 def _offsets(network: Network) -> Matrix:
     """b: the pre-activations when x and every activation's output are zero."""
-    values: list[Tensor] = []
-    found: list[Tensor] = []
-    for i, node in enumerate(network.nodes):
-        match node:
-            case Input():
-                values.append(torch.zeros(node.size, dtype=torch.float64))
-            case Affine():
-                value = node.operator(values[node.source].to(node.operator.device))
-                values.append((value if node.bias is None else value + node.bias).detach().cpu())
-            case Activation():
-                found.append(values[node.source])
-                values.append(torch.zeros(network.sizes[i], dtype=torch.float64))
-            case Sum():
-                values.append(torch.stack([values[s] for s in node.sources]).sum(0))
-    return torch.cat([torch.zeros(0, dtype=torch.float64), *found]).numpy()
+    walk = _Offsets()
+    network.fold(walk)
+    return torch.cat([torch.zeros(0, dtype=torch.float64), *walk.found]).numpy()
+
+
+class _Offsets(Linear):
+    """Values on the CPU where the input and every neuron are zero; `found` collects what activations read."""
+
+    def __init__(self) -> None:
+        self.found: list[Tensor] = []
+
+    def input(self, i: int, node: Input) -> Tensor:
+        return torch.zeros(node.size, dtype=torch.float64)
+
+    def affine(self, i: int, node: Affine, read: Tensor) -> Tensor:
+        return node.value(read.to(node.operator.device)).detach().cpu()
+
+    def activation(self, i: int, node: Activation, read: Tensor) -> Tensor:
+        self.found.append(read)
+        return torch.zeros_like(read)

@@ -89,6 +89,11 @@ class Vertex(Part, ABC):
         """The numbers that define it, in a fixed order."""
         return ()
 
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Node:
+        """The node with `change` of the coefficients and the bias of its linear map; itself where it has none."""
+        del change
+        return self  # type: ignore[return-value]
+
     @property
     def slopes(self) -> tuple[Tensor, Tensor] | None:
         """Slope interval (alpha, beta) on all of R of what it applies entry by entry, 0-d or (size,); None where it has none."""
@@ -222,6 +227,10 @@ class Affine(_Reader):
     def meet(self, walk: Walk[T], i: int, *read: T) -> T:
         """`Walk.affine`."""
         return walk.affine(i, self, *read)
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Affine:
+        """Operator and bias changed."""
+        return replace(self, operator=self.operator.mapped(change), bias=None if self.bias is None else change(self.bias))
 
     @property
     def variable(self) -> bool:

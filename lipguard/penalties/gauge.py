@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lipguard.errors import UnsupportedQuery
-from lipguard.network import Activation, Affine, Input, Network, Sum
+from lipguard.network import Activation, Affine, Input, Network, Sum, Walk
 from lipguard.outward import show_upper
 from lipguard.penalties.base import Penalty
 from lipguard.penalties.lipsdp import LipSDP
@@ -94,23 +94,32 @@ def direct_norm(network: Network) -> float:
     """
     if network.inputs > _WIDEST:
         return 0.0
-    values: list[Tensor | None] = []
-    for node in network.nodes:
-        if isinstance(node, Input):
-            values.append(torch.eye(node.size, dtype=torch.float64, device=network.device))
-        elif isinstance(node, Affine):
-            source = values[node.source]
-            values.append(None if source is None else node.operator(source))
-        elif isinstance(node, Activation):
-            source, alpha = values[node.source], node.function.slopes[0]
-            values.append(None if source is None or not bool(alpha.any()) else alpha.to(source) * source)
-        elif isinstance(node, Sum):
-            parts = [v for v in (values[s] for s in node.sources) if v is not None]
-            values.append(torch.stack(parts).sum(0) if parts else None)
-        else:
-            values.append(None)
-    path = values[-1]
+    path = network.fold(_Direct(network))[-1]
     return 0.0 if path is None or path.requires_grad else float(torch.linalg.matrix_norm(path, 2))
+
+
+class _Direct(Walk[Tensor | None]):
+    """The matrix from the input through maps and smallest slopes; None for zero, as behind any other kind of layer."""
+
+    def __init__(self, network: Network) -> None:
+        self.device = network.device
+
+    def input(self, i: int, node: Input) -> Tensor | None:
+        return torch.eye(node.size, dtype=torch.float64, device=self.device)
+
+    def affine(self, i: int, node: Affine, read: Tensor | None) -> Tensor | None:
+        return None if read is None else node.operator(read)
+
+    def activation(self, i: int, node: Activation, read: Tensor | None) -> Tensor | None:
+        alpha = node.function.slopes[0]
+        return None if read is None or not bool(alpha.any()) else alpha.to(read) * read
+
+    def total(self, i: int, node: Sum, *read: Tensor | None) -> Tensor | None:
+        parts = [part for part in read if part is not None]
+        return torch.stack(parts).sum(0) if parts else None
+
+    def other(self, i: int, node: object, *read: Tensor | None) -> Tensor | None:
+        return None
 
 
 def check_trial(trial: Penalty, parameters: Sequence[Tensor], name: str, target: float | None) -> None:

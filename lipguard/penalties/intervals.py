@@ -5,14 +5,11 @@ Floating point without rounding control: for penalties and losses. A certificate
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from lipguard.certificate import Ball, Domain
-from lipguard.errors import UnsupportedQuery
-from lipguard.network import Activation, Affine, Conv, Dense, Diagonal, Index, Input, Network, Operator, Sum
+from lipguard.network import Activation, Affine, Input, Network, Operator, Sum, Walk
 
 Interval = tuple[Tensor, Tensor]
 """Lower and upper ends, each (rows, size)."""
@@ -20,12 +17,7 @@ Interval = tuple[Tensor, Tensor]
 
 def squared(operator: Operator) -> Operator:
     """The operator with every coefficient squared: applied to ones, it gives the squared lengths of the rows."""
-    if isinstance(operator, Dense | Conv):
-        return replace(operator, weight=operator.weight.square())
-    if isinstance(operator, Diagonal):
-        return replace(operator, scale=operator.scale.square())
-    assert isinstance(operator, Index)
-    return operator
+    return operator.mapped(torch.square)
 
 
 def row_lengths(operator: Operator, like: Tensor) -> Tensor:
@@ -53,34 +45,40 @@ def preactivations(network: Network, domain: Domain) -> list[Interval]:
     Raises:
         InvalidDomain: the domain does not fit the network's input.
     """
-    lower, upper = (end.to(network.device)[None] for end in domain.bounds(network.inputs))
-    radius, centre = None, None
-    if isinstance(domain, Ball) and domain.norm == 2:
-        radius, centre = float(domain.radius), (lower + upper) / 2
-    values: list[Interval] = []
-    found: list[Interval] = []
-    for i, node in enumerate(network.nodes):
-        match node:
-            case Input():
-                values.append((lower, upper))
-            case Affine():
-                interval = through(node.operator, node.bias, values[node.source])
-                if radius is not None and centre is not None and node.source == 0:
-                    middle = node.operator(centre) if node.bias is None else node.operator(centre) + node.bias
-                    reach = radius * row_lengths(node.operator, centre)
-                    interval = torch.maximum(interval[0], middle - reach), torch.minimum(interval[1], middle + reach)
-                values.append(interval)
-            case Activation():
-                found.append(values[node.source])
-                values.append(_image(node, *values[node.source]))
-            case Sum():
-                parts = [values[s] for s in node.sources]
-                values.append((torch.stack([a for a, _ in parts]).sum(0), torch.stack([b for _, b in parts]).sum(0)))
-            case _:
-                raise UnsupportedQuery(
-                    f"{node.name or f'node {i}'}: no interval is known of a {type(node).__name__.lower()} layer."
-                )
-    return found
+    walk = _Intervals(network, domain)
+    network.fold(walk)
+    return walk.found
+
+
+class _Intervals(Walk[Interval]):
+    """Interval arithmetic; `found` collects what activations read."""
+
+    lacks = "no interval is known"
+
+    def __init__(self, network: Network, domain: Domain) -> None:
+        lower, upper = (end.to(network.device)[None] for end in domain.bounds(network.inputs))
+        self.start = lower, upper
+        self.radius = float(domain.radius) if isinstance(domain, Ball) and domain.norm == 2 else None
+        self.found: list[Interval] = []
+
+    def input(self, i: int, node: Input) -> Interval:
+        return self.start
+
+    def affine(self, i: int, node: Affine, read: Interval) -> Interval:
+        interval = through(node.operator, node.bias, read)
+        if self.radius is None or node.source != 0:
+            return interval
+        centre = (self.start[0] + self.start[1]) / 2
+        middle = node.value(centre)
+        reach = self.radius * row_lengths(node.operator, centre)
+        return torch.maximum(interval[0], middle - reach), torch.minimum(interval[1], middle + reach)
+
+    def activation(self, i: int, node: Activation, read: Interval) -> Interval:
+        self.found.append(read)
+        return _image(node, *read)
+
+    def total(self, i: int, node: Sum, *read: Interval) -> Interval:
+        return torch.stack([a for a, _ in read]).sum(0), torch.stack([b for _, b in read]).sum(0)
 
 
 def _image(node: Activation, lower: Tensor, upper: Tensor) -> Interval:

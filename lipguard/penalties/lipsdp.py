@@ -21,7 +21,7 @@ from lipguard.bounds.solving import LARGEST_DENSE, propose, proved
 from lipguard.bounds.spectral import Spectral
 from lipguard.certificate import Certificate, Query
 from lipguard.errors import SolverFailed, UnsupportedQuery
-from lipguard.network import Affine, Dense, Network
+from lipguard.network import Network
 from lipguard.penalties.base import Penalty
 from lipguard.penalties.following import START, Followed, carried, effort, refined
 from lipguard.penalties.live import detached, linear_parts
@@ -132,7 +132,7 @@ def along(network: Network, found: Contact, slopes: Slopes) -> Tensor:
 
 
 def _dtype(network: Network) -> torch.dtype:
-    tensors = [t for node in network.nodes if isinstance(node, Affine) for t in node.operator.tensors()]
+    tensors = [t for node in network.nodes if node.map is not None for t in node.map.tensors()]
     return next((t.dtype for t in tensors if t.is_floating_point()), torch.float64)
 
 
@@ -312,7 +312,7 @@ class LipSDP(Penalty):
             reason = ""
             for dtype in dict.fromkeys((self._precision(network), torch.float64)):
                 # Matrices are copied once, in the precision they are used in; operators that are unrolled give float64.
-                dense = all(isinstance(n.operator, Dense) for n in network.nodes if isinstance(n, Affine))
+                dense = all(n.map is None or n.map.stored is not None for n in network.nodes)
                 plain = detached(network, dtype if dense else torch.float64)
                 fixed = slopes[0].detach(), slopes[1].detach()
                 problem = problem_of(feedback_of(plain, (fixed[0].to(dtype), fixed[1].to(dtype)) if dense else fixed))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lipguard.domain import Domain, domain_from
 from lipguard.errors import InvalidDomain
-from lipguard.network import Activation, Network
+from lipguard.network import Network
 from lipguard.penalties.intervals import preactivations
 from lipguard.penalties.lipsdp import LipSDP, Slopes, lipsdp
 from lipguard.query import Inputs, Outputs
@@ -19,9 +19,9 @@ from lipguard.query import Inputs, Outputs
 def local_slopes(network: Network, domain: Domain) -> Slopes:
     """(alpha, beta) of every neuron on a domain, each (n,), attached to the weights where the activations are smooth."""
     ends: tuple[list[Tensor], list[Tensor]] = ([], [])
-    nodes = [node for node in network.nodes if isinstance(node, Activation)]
-    for node, interval in zip(nodes, preactivations(network, domain), strict=True):
-        for end, slope in zip(ends, node.function.slope_range(*interval), strict=True):
+    functions = [node.elementwise for node in network.nodes if node.elementwise is not None]
+    for function, interval in zip(functions, preactivations(network, domain), strict=True):
+        for end, slope in zip(ends, function.slope_range(*interval), strict=True):
             end.append(slope[0])
     empty = torch.zeros(0, dtype=torch.float64, device=network.device)
     return torch.cat([empty, *ends[0]]), torch.cat([empty, *ends[1]])

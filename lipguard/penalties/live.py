@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lipguard.capture.capture import network_of
-from lipguard.errors import UnsupportedQuery
-from lipguard.network import Activation, Affine, Conv, Dense, Diagonal, Input, Network, Node, Operator, Sum
+from lipguard.network import Activation, Input, Linear, Network
 from lipguard.query import Inputs, Outputs, Query
 
 
@@ -76,30 +74,30 @@ def linear_parts(
     Returns:
         p of every activation node, each (rows, n_k), and y, (rows, m).
     """
-    values: list[Tensor] = []
-    p: list[Tensor] = []
-    for i, node in enumerate(network.nodes):
-        match node:
-            case Input():
-                values.append(x)
-            case Affine():
-                values.append(node.operator(values[node.source]))
-            case Activation():
-                k = len(p)
-                p.append(values[node.source])
-                values.append(alpha[k] * p[k] + width[k] * u[k])
-            case Sum():
-                values.append(torch.stack([values[s] for s in node.sources]).sum(0))
-            case _:
-                raise UnsupportedQuery(
-                    f"{node.name or f'node {i}'}: no penalty by multipliers is known of a {type(node).__name__.lower()} layer."
-                )
-    return p, values[-1]
+    walk = _Parts(x, u, alpha, width)
+    y = network.fold(walk)[-1]
+    return walk.p, y
+
+
+class _Parts(Linear):
+    lacks = "no penalty by multipliers is known"
+
+    def __init__(self, x: Tensor, u: Sequence[Tensor], alpha: Sequence[Tensor], width: Sequence[Tensor]) -> None:
+        self.x, self.u, self.alpha, self.width = x, u, alpha, width
+        self.p: list[Tensor] = []
+
+    def input(self, i: int, node: Input) -> Tensor:
+        return self.x
+
+    def activation(self, i: int, node: Activation, read: Tensor) -> Tensor:
+        k = len(self.p)
+        self.p.append(read)
+        return self.alpha[k] * read + self.width[k] * self.u[k]
 
 
 def detached(network: Network, dtype: torch.dtype = torch.float64) -> Network:
     """The same network outside the autograd graph, its weights in another precision."""
-    return Network(tuple(_with(node, lambda t: t.detach().to(dtype)) for node in network.nodes))
+    return Network(tuple(node.mapped(lambda t: t.detach().to(dtype)) for node in network.nodes))
 
 
 def _plain(module: nn.Module) -> bool:
@@ -111,11 +109,11 @@ def _parameters_of(network: Network) -> dict[int, nn.Parameter]:
     """The parameter behind each weight and bias by the tensor's id; empty if one of them is not a parameter as it stands."""
     found: dict[int, nn.Parameter] = {}
     for node in network.nodes:
-        if isinstance(node, Activation) and any(t.requires_grad for t in node.function.tensors()):
-            return {}
-        if not isinstance(node, Affine):
+        if node.map is None:
+            if any(tensor.requires_grad for tensor in node.tensors()):
+                return {}
             continue
-        for tensor in (*node.operator.tensors(), *(() if node.bias is None else (node.bias,))):
+        for tensor in node.tensors():
             if not tensor.requires_grad:
                 continue
             source = _source(tensor)
@@ -144,16 +142,4 @@ def _rebound(network: Network, sources: dict[int, nn.Parameter], native: bool) -
             return source if source.dtype in (torch.float32, torch.float64) else source.to(torch.float32)
         return source.to(torch.float64)
 
-    return Network(tuple(_with(node, current) for node in network.nodes))
-
-
-def _with(node: Node, change: Callable[[Tensor], Tensor]) -> Node:
-    if not isinstance(node, Affine):
-        return node
-    operator = node.operator
-    changed: Operator = operator
-    if isinstance(operator, Dense | Conv):
-        changed = replace(operator, weight=change(operator.weight))
-    elif isinstance(operator, Diagonal):
-        changed = replace(operator, scale=change(operator.scale))
-    return replace(node, operator=changed, bias=None if node.bias is None else change(node.bias))
+    return Network(tuple(node.mapped(current) for node in network.nodes))

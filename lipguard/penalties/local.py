@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lipguard.errors import InvalidExample, UnsupportedQuery
-from lipguard.network import Activation, Affine, Input, Network, Operator, Sum
+from lipguard.network import Activation, Affine, Network, Operator, Sum, Walk
 from lipguard.penalties.base import Penalty
 from lipguard.penalties.intervals import Interval, _image, row_lengths, through
 from lipguard.penalties.norms import random_unit
@@ -87,31 +87,46 @@ def local(
     raise AssertionError("layers() ends with an affine map")
 
 
-def layers(network: Network) -> list[tuple[Affine, Activation | None]]:
+Steps = list[tuple[Affine, Activation | None]]
+
+
+def layers(network: Network) -> Steps:
     """The affine maps of a chain, each with the activation behind it; the last has none.
 
     Raises:
         UnsupportedQuery: the network branches, or has two activations or affine maps in a row.
     """
     refused = "a local bound of this kind needs a chain of affine maps and activations that ends in an affine map, and {}."
-    result: list[tuple[Affine, Activation | None]] = []
-    for i, node in enumerate(network.nodes):
-        if isinstance(node, Input):
-            continue
-        sources = node.sources if isinstance(node, Sum) else (node.source,)
-        if sources != (i - 1,):
+    result: Steps = []
+    for i, node in enumerate(network.nodes[1:], 1):
+        if node.sources != (i - 1,):
             raise UnsupportedQuery(refused.format(f"{node.name or f'node {i}'} joins branches. Use the lipsdp_local penalty"))
-        if isinstance(node, Affine):
-            if result and result[-1][1] is None:
-                raise UnsupportedQuery(refused.format(f"{node.name} follows another affine map"))
-            result.append((node, None))
-        elif isinstance(node, Activation):
-            if not result or result[-1][1] is not None:
-                raise UnsupportedQuery(refused.format(f"{node.name} does not follow an affine map"))
-            result[-1] = (result[-1][0], node)
+        node.meet(_Chain(result, refused), i, None)
     if not result or result[-1][1] is not None:
         raise UnsupportedQuery(refused.format("the last one is an activation"))
     return result
+
+
+class _Chain(Walk[None]):
+    """Takes the next node of a chain in."""
+
+    lacks = "no local bound is known"
+
+    def __init__(self, steps: Steps, refused: str) -> None:
+        self.steps, self.refused = steps, refused
+
+    def affine(self, i: int, node: Affine, read: None) -> None:
+        if self.steps and self.steps[-1][1] is None:
+            raise UnsupportedQuery(self.refused.format(f"{node.name} follows another affine map"))
+        self.steps.append((node, None))
+
+    def activation(self, i: int, node: Activation, read: None) -> None:
+        if not self.steps or self.steps[-1][1] is not None:
+            raise UnsupportedQuery(self.refused.format(f"{node.name} does not follow an affine map"))
+        self.steps[-1] = (self.steps[-1][0], node)
+
+    def total(self, i: int, node: Sum, *read: None) -> None:
+        """A sum of one term changes nothing."""
 
 
 def _masked_norm(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from lipguard.network import Diagonal, Index, Operator
+from lipguard.network import Operator
 
 _COLD = 300
 """Iterations at most from a random start, until two in a row differ by less than `_SETTLED`."""
@@ -26,10 +24,9 @@ def operator_norm(operator: Operator, vector: Tensor | None, iterations: int) ->
         vector: right singular vector of a neighbouring operator, (in,); None for a start at random, iterated until settled.
         iterations: applications of W'W from `vector`.
     """
-    if isinstance(operator, Diagonal):
-        return operator.scale.abs().amax(), None
-    if isinstance(operator, Index):
-        return torch.tensor(math.sqrt(operator.repeats()), dtype=torch.float64, device=operator.device), None
+    known = operator.attached_norm(2)
+    if known is not None:
+        return known, None
     weight = operator.tensors()[0]
     with torch.no_grad():
         v = random_unit(operator.shape[1], weight) if vector is None else vector.to(weight)

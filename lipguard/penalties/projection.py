@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from lipguard.bounds.spectral import layer_norm
 from lipguard.capture.arguments import arguments_of, described
 from lipguard.capture.capture import capture
 from lipguard.errors import InvalidExample, LipguardError, UnsupportedLayer
-from lipguard.network import Affine, Conv, Dense, Diagonal, Operator
+from lipguard.network import Dense, Operator
 
 _EXACT = 4_000_000
 """Entries of a layer's matrix up to which its norm is computed in full; beyond, by subspace iteration that is carried on."""
@@ -45,7 +45,7 @@ class Layer:
         found: list[Operator] = []
         for example in self.examples:
             network = capture(self.module, example)
-            parts = [n.operator for i, n in enumerate(network.nodes) if isinstance(n, Affine) and n.source == i - 1]
+            parts = [n.map for i, n in enumerate(network.nodes) if n.map is not None and n.sources == (i - 1,)]
             if not parts or len(parts) != len(network.nodes) - 1:
                 raise UnsupportedLayer("it is not one affine map.")
             found.append(parts[0] if len(parts) == 1 else _composed(parts))
@@ -71,21 +71,23 @@ class Layer:
                 self.module.weight = weight * factor  # pyright: ignore[reportOperatorIssue, reportAttributeAccessIssue]
 
     _captured: list[Operator] | None = None
+    _plain = False
 
     def _rebound(self) -> list[Operator]:
         """The operators with the weight of this moment: the map itself is read once, as its structure stays."""
+        assert isinstance(self.module.weight, Tensor)
+        weight = self.module.weight.detach().to(torch.float64)
         if self._captured is None:
             self._captured = self.operators()
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        if not all(isinstance(o, Dense | Conv) and o.weight.shape == weight.shape for o in self._captured):
-            return self.operators()
-        return [replace(o, weight=weight.detach().to(torch.float64)) for o in self._captured]  # type: ignore[type-var]
+            # Where its one tensor of coefficients is the weight itself, another weight gives the map of that one.
+            self._plain = all(len(o.tensors()) == 1 and torch.equal(o.tensors()[0], weight) for o in self._captured)
+        return [o.mapped(lambda _: weight) for o in self._captured] if self._plain else self.operators()
 
     def _norm(self, k: int, operator: Operator, p: float, exact: bool) -> float:
         rows, columns = operator.shape
-        if isinstance(operator, Diagonal):
-            return float(operator.scale.abs().max())
+        known = operator.norm(p)
+        if known is not None:
+            return known
         if p != 2:
             return layer_norm(operator, p)
         if exact and rows * columns <= _EXACT:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipguard.errors import UnsupportedQuery
-from lipguard.network import Activation, Affine, Coupled, Input, Network, Operator, Sum
+from lipguard.network import Activation, Affine, Coupled, Input, Network, Operator, Sum, Walk
 from lipguard.penalties.base import Penalty
 from lipguard.penalties.norms import operator_norm
 from lipguard.query import Inputs, Outputs
@@ -47,27 +46,30 @@ def spectral(network: Network, vectors: Vectors | None = None, iterations: int =
 
 def log_product(network: Network, log_norm: Callable[[int, Operator], Tensor]) -> Tensor:
     """Logarithm of the product of norms along the graph, sums where branches meet, from each affine node's log norm."""
-    bounds: list[Tensor] = []
-    zero = torch.zeros((), dtype=torch.float64, device=network.device)
-    for i, node in enumerate(network.nodes):
-        match node:
-            case Input():
-                bounds.append(zero)
-            case Affine():
-                bounds.append(bounds[node.source] + log_norm(i, node.operator))
-            case Activation():
-                alpha, beta = node.function.slopes
-                steepest = torch.maximum(alpha.abs(), beta.abs()).amax().to(zero.device)
-                bounds.append(bounds[node.source] + log(steepest))
-            case Sum():
-                bounds.append(torch.logsumexp(torch.stack([bounds[s] for s in node.sources]), 0))
-            case Coupled():
-                bounds.append(bounds[node.source] + math.log(node.function.norm(2)))
-            case _:
-                raise UnsupportedQuery(
-                    f"{node.name or f'node {i}'}: no differentiable norm is known of a {type(node).__name__.lower()} layer."
-                )
-    return bounds[-1]
+    return network.fold(_LogProduct(network, log_norm))[-1]
+
+
+class _LogProduct(Walk[Tensor]):
+    lacks = "no differentiable norm is known"
+
+    def __init__(self, network: Network, log_norm: Callable[[int, Operator], Tensor]) -> None:
+        self.zero = torch.zeros((), dtype=torch.float64, device=network.device)
+        self.log_norm = log_norm
+
+    def input(self, i: int, node: Input) -> Tensor:
+        return self.zero
+
+    def affine(self, i: int, node: Affine, read: Tensor) -> Tensor:
+        return read + self.log_norm(i, node.operator)
+
+    def activation(self, i: int, node: Activation, read: Tensor) -> Tensor:
+        return read + log(node.function.steepest.amax().to(self.zero.device))
+
+    def coupled(self, i: int, node: Coupled, read: Tensor) -> Tensor:
+        return read + math.log(node.function.norm(2))
+
+    def total(self, i: int, node: Sum, *read: Tensor) -> Tensor:
+        return torch.logsumexp(torch.stack(read), 0)
 
 
 def log(norm: Tensor) -> Tensor:

@@ -57,8 +57,9 @@ def toeplitz(network: Network, vectors: Vectors | None = None, iterations: int =
     found: Vectors = {}
 
     def log_norm(index: int, operator: Operator) -> Tensor:
-        if isinstance(operator, Conv):
-            return log(convolution_bound(operator, samples))
+        conv = operator.convolution
+        if conv is not None:
+            return log(convolution_bound(conv, samples))
         norm, vector = operator_norm(operator, old.get(index), iterations)
         if vector is not None:
             found[index] = vector

@@ -33,6 +33,12 @@ class Elementwise(Part, ABC):
     def slopes(self) -> tuple[Tensor, Tensor]:
         """(alpha, beta) on all of R, rounded outward; 0-d or (size,)."""
 
+    @property
+    def steepest(self) -> Tensor:
+        """The largest absolute slope, 0-d or (size,)."""
+        alpha, beta = self.slopes
+        return torch.maximum(alpha.abs(), beta.abs())
+
     @abstractmethod
     def slope_range(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """Enclosure of every slope (generalised derivative) of phi on [lower, upper], entry by entry, rounded outward."""
@@ -42,8 +48,7 @@ class Elementwise(Part, ABC):
 
         Torch's elementary functions are accurate to a few ulps (2**-52); 2**-40 is granted, relative to phi(z) and to z.
         """
-        alpha, beta = self.slopes
-        return 2.0**-40 * (self(z).abs() + torch.maximum(alpha.abs(), beta.abs()) * z.abs())
+        return 2.0**-40 * (self(z).abs() + self.steepest * z.abs())
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The parameters, for the digest."""

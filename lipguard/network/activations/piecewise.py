@@ -57,11 +57,9 @@ class PiecewiseLinear(Elementwise):
 
     def rounding(self, z: Tensor) -> Tensor:
         """Every piece is reached from the first break point, however distant: its size counts as well as that of z."""
-        alpha, beta = self.slopes
-        steepest = torch.maximum(alpha.abs(), beta.abs())
         # Sums of at most k + 2 products s_i (b_i - b_{i-1}) or s (z - b), three roundings each.
         reach = z.abs() + 3 * self.breaks.abs().sum(0)
-        mass = self.value.abs() + steepest * reach
+        mass = self.value.abs() + self.steepest * reach
         return (8 * len(self.breaks) + 16) * 2.0**-53 * mass
 
     def tensors(self) -> tuple[Tensor, ...]:
