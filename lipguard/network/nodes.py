@@ -125,6 +125,11 @@ class Vertex(Part, ABC):
         return None
 
     @property
+    def posed(self) -> Tensor | None:
+        """Multipliers T > 0, (n,), under which a node with a loop is well posed on its own; None for explicit nodes."""
+        return None
+
+    @property
     def coupling(self) -> Coupling | None:
         """The function of groups of entries that it applies; None where there is none."""
         return None
@@ -448,6 +453,11 @@ class Implicit(_Reader):
     def elementwise(self) -> Elementwise:
         """The function."""
         return self.function
+
+    @property
+    def posed(self) -> Tensor:
+        """`scaling`."""
+        return self.scaling
 
     @property
     def loop(self) -> Operator:

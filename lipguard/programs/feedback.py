@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from lipguard.network import Affine, Implicit, Network, Operator
+from lipguard.network import Network, Operator
 from lipguard.programs.rewriting import slope_restricted
 
 
@@ -88,7 +88,7 @@ def feedback_of(network: Network, narrowed: tuple[Tensor, Tensor] | None = None)
             total: _Combination = {}
             for source in node.sources:
                 for s, m in linear[source].items():
-                    own = _after(node.operator, m) if isinstance(node, Affine) else m
+                    own = m if node.map is None else _after(node.map, m)
                     total[s] = _plus(total[s], own) if s in total else own
             linear.append(total)
     alpha, beta = network.slopes()
@@ -101,8 +101,8 @@ def feedback_of(network: Network, narrowed: tuple[Tensor, Tensor] | None = None)
     scaling: dict[int, Tensor] = {}
     for k, i in enumerate(network.activations):
         node = network.nodes[i]
-        if isinstance(node, Implicit):
-            rows[k][k], scaling[k] = node.operator.dense(), node.scaling
+        if node.loop is not None and node.posed is not None:
+            rows[k][k], scaling[k] = node.loop.dense(), node.posed
     sizes = tuple(network.sizes[i] for i in network.activations)
     out = _matrices(network, linear[-1])
     return Feedback(network.inputs, network.outputs, sizes, rows, out, alpha, beta, groups, scaling)

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from lipguard.network import Activation, Affine, Coupled, Network, Node, Sum
 from lipguard.network.activations import PiecewiseLinear, absolute, relu
-from lipguard.network.coupled import Maxima, Reflection, Sort, comparators
+from lipguard.network.coupled import Groups, Maxima, Reflection, Sort, comparators
 from lipguard.network.operators import Diagonal, Index, Operator
 
 
@@ -84,10 +84,7 @@ class _Emitter:
         return self.put(Sum(sources, self.name))
 
     def neuron(self, source: int, function: PiecewiseLinear) -> int:
-        device = self._device
-        function.breaks, function.pieces = function.breaks.to(device), function.pieces.to(device)
-        function.value = function.value.to(device)
-        return self.put(Activation(source, function, self.name))
+        return self.put(Activation(source, function.to(self._device), self.name))
 
     def half(self, a: int, b: int, size: int, sign: float = 1.0) -> int:
         """(a + sign b) / 2."""
@@ -106,32 +103,41 @@ def _rewritten(network: Network, tied: bool) -> Network:
     emitter = _Emitter()
     place: dict[int, int] = {}
     for i, node in enumerate(network.nodes):
-        match node:
-            case Coupled(function=function) if _open(node, tied):
-                emitter.begin(node.name, function.index.device)
-                source, size = place[node.source], network.sizes[node.source]
-                match function:
-                    case Maxima():
-                        place[i] = _maxima(emitter, source, size, function.index)
-                    case Reflection():
-                        place[i] = _reflection(emitter, source, size, function)
-                    case Sort(index=index) if tied and index.shape[1] > 2:
-                        place[i] = _tied_sort(emitter, source, size, function)
-                    case Sort(index=index):
-                        for layer in comparators(index.shape[1]):
-                            larger, smaller = (index[:, [pair[side] for pair in layer]].flatten() for side in (0, 1))
-                            source = _compare(emitter, source, size, larger, smaller)
-                        place[i] = source
-                    case _:
-                        raise TypeError(f"{type(function).__name__} has no rewriting.")
-            case _:
-                place[i] = emitter.put(node.moved(place.__getitem__))
+        if _open(node, tied):
+            assert node.coupling is not None
+            source = node.sources[0]
+            emitter.begin(node.name, node.coupling.index.device)
+            place[i] = node.coupling.meet(_Rewriter(emitter, place[source], network.sizes[source], tied))
+        else:
+            place[i] = emitter.put(node.moved(place.__getitem__))
     return Network(tuple(emitter.nodes))
 
 
 def _open(node: Node, tied: bool) -> bool:
     """Whether a node is to be rewritten; a sort of centred groups is not, where it may stand for tied neurons."""
-    return isinstance(node, Coupled) and not (tied and node.function.tied)
+    return node.coupling is not None and not (tied and node.coupling.tied)
+
+
+class _Rewriter(Groups[int]):
+    """Emits a function of groups of the entries of `source`; each method returns the node of the result."""
+
+    def __init__(self, emitter: _Emitter, source: int, size: int, tied: bool) -> None:
+        self.emitter, self.source, self.size, self.tied = emitter, source, size, tied
+
+    def maxima(self, function: Maxima) -> int:
+        return _maxima(self.emitter, self.source, self.size, function.index)
+
+    def reflection(self, function: Reflection) -> int:
+        return _reflection(self.emitter, self.source, self.size, function)
+
+    def sort(self, function: Sort) -> int:
+        index, source = function.index, self.source
+        if self.tied and index.shape[1] > 2:
+            return _tied_sort(self.emitter, source, self.size, function)
+        for layer in comparators(index.shape[1]):
+            larger, smaller = (index[:, [pair[side] for pair in layer]].flatten() for side in (0, 1))
+            source = _compare(self.emitter, source, self.size, larger, smaller)
+        return source
 
 
 def _compare(emitter: _Emitter, source: int, size: int, larger: Tensor, smaller: Tensor) -> int:

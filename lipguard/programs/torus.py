@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from lipguard.errors import UnsupportedQuery
-from lipguard.network import Activation, Affine, Conv, Implicit, Input, Network, Sum
-from lipguard.network.images import as_convolution, shapes
+from lipguard.network import Conv, Network
+from lipguard.network.images import shapes
 
 _REMEDY = "Use method='lipsdp-neuron' or 'spectral', or bound a submodule."
 
@@ -94,7 +94,7 @@ class Torus:
         Raises:
             UnsupportedQuery: a part of the network does not treat all places alike.
         """
-        if any(isinstance(node, Implicit) for node in network.nodes):
+        if any(node.loop is not None for node in network.nodes):
             raise UnsupportedQuery(f"an implicit layer has no torus form. {_REMEDY}")
         self.network = network
         self.shapes = tuple(s if s is not None and math.prod(s[1:]) > 1 else None for s in shapes(network))
@@ -149,7 +149,7 @@ class Torus:
         for i, blocks in self._find_blocks(forward).items():
             shape = self.shapes[i]
             assert shape is not None
-            if isinstance(self.network.nodes[i], Activation):
+            if self.network.nodes[i].elementwise is not None:
                 total += math.prod(blocks) * (shape[0] * math.prod(self.side(i)) / math.prod(blocks)) ** 3
         return total
 
@@ -187,14 +187,14 @@ class Torus:
         first = self.spread[0]
         for i, node in enumerate(self.network.nodes):
             kind = self.shapes[i] is not None
-            passed[i] = any(passed[s] or ((self.shapes[s] is not None) == first != kind) for s in sources_of(node))
+            passed[i] = any(passed[s] or ((self.shapes[s] is not None) == first != kind) for s in node.sources)
             if passed[i] and kind == first:
                 raise UnsupportedQuery(
                     f"{node.name or f'node {i}'}: {'an image' if kind else 'a vector'} is computed from "
                     f"{'vectors behind images' if kind else 'images behind vectors'}, so that frequencies mix. {_REMEDY}"
                 )
         if not any(self.spread):
-            reader = next(n for n in self.network.nodes if 0 in sources_of(n))
+            reader = next(n for n in self.network.nodes if 0 in n.sources)
             raise UnsupportedQuery(
                 f"{reader.name or 'the first node'} reads the input as a vector, and the output is one: an image is "
                 f"needed at one end. {_REMEDY}"
@@ -203,34 +203,34 @@ class Torus:
     def _wanted(self) -> dict[int, Conv | None]:
         """The affine nodes that lead from image to image, as convolutions; None for those from vector to image."""
         network, edges = self.network, {}
-        todo = [self.network.nodes[i].source for i in network.activations if self.shapes[i]]  # type: ignore[union-attr]
+        todo = [self.network.nodes[i].sources[0] for i in network.activations if self.shapes[i]]
         todo += [len(network.nodes) - 1] if self.spread[1] else []
         seen: set[int] = set()
         while todo:
             i = todo.pop()
-            if i in seen or isinstance(network.nodes[i], Input | Activation):
+            if i in seen or network.nodes[i].variable:
                 continue
             seen.add(i)
             node, shape = network.nodes[i], self.shapes[i]
             assert shape is not None
-            if isinstance(node, Affine):
-                before = self.shapes[node.source]
-                edges[i] = None if before is None else as_convolution(node.operator, before, shape)
+            if node.map is not None:
+                before = self.shapes[node.sources[0]]
+                edges[i] = None if before is None else node.map.as_convolution(before, shape)
                 if before is None:
                     continue
                 if edges[i] is None:
                     raise UnsupportedQuery(
-                        f"{node.name or f'node {i}'}: {type(node.operator).__name__} from {before} to {shape} does not treat all "
+                        f"{node.name or f'node {i}'}: {type(node.map).__name__} from {before} to {shape} does not treat all "
                         f"places of the image alike, so that frequencies mix. {_REMEDY}"
                     )
-            todo += sources_of(node)
+            todo += node.sources
         self._seen = seen
         return edges
 
     def _find_phases(self) -> dict[int, tuple[int, ...]]:
         """Places of every image's grid to each common step, by node and axis."""
         nodes = self.network.nodes
-        images = [i for i, s in enumerate(self.shapes) if s and (i in self._seen or isinstance(nodes[i], Input | Activation))]
+        images = [i for i, s in enumerate(self.shapes) if s and (i in self._seen or nodes[i].variable)]
         links: dict[int, list[tuple[int, tuple[Fraction, ...]]]] = {i: [] for i in images}
 
         def link(a: int, b: int, ratio: tuple[Fraction, ...]) -> None:
@@ -240,12 +240,12 @@ class Torus:
         same = (Fraction(1),) * self.dims
         for i in images:
             node = nodes[i]
-            if isinstance(node, Affine):
+            if node.map is not None:
                 conv = self.edges[i]
                 if conv is not None:
-                    link(node.source, i, tuple(Fraction(1, s) if conv.transposed else Fraction(s) for s in conv.stride))
-            elif not isinstance(node, Input):
-                for s in sources_of(node):
+                    link(node.sources[0], i, tuple(Fraction(1, s) if conv.transposed else Fraction(s) for s in conv.stride))
+            else:
+                for s in node.sources:
                     if self.shapes[s] != self.shapes[i]:
                         raise UnsupportedQuery(
                             f"{node.name or f'node {i}'}: an image of shape {self.shapes[i]} is made from one of shape "
@@ -285,9 +285,9 @@ class Torus:
         for i in reversed(range(len(self.network.nodes))):
             node = self.network.nodes[i]
             conv = self.edges.get(i)
-            if isinstance(node, Affine) and conv is not None and (_reads_outside(conv) or (i in needed and _pointwise(conv))):
-                needed.add(node.source)
-            if isinstance(node, Sum) and i in needed:
+            if conv is not None and (_reads_outside(conv) or (i in needed and _pointwise(conv))):
+                needed.update(node.sources)
+            if not node.variable and node.map is None and i in needed:
                 needed.update(node.sources)
         return needed
 
@@ -305,9 +305,8 @@ class Torus:
                 if conv is None:
                     continue
                 node = self.network.nodes[i]
-                assert isinstance(node, Affine)
                 n, m, s, p, d, k = axis_of(conv, axis)
-                large = self._phases[i if conv.transposed else node.source][axis]
+                large = self._phases[i if conv.transposed else node.sources[0]][axis]
                 longest = max(n + p, s * (m - 1) + d * (k - 1) - p + 1)
                 least = max(least, -(-longest // large))
             grid.append(least)
@@ -317,15 +316,15 @@ class Torus:
         network, layers = self.network, []
         for i, node in enumerate(network.nodes):
             shape = self.shapes[i]
-            if isinstance(node, Activation):
-                alpha, beta = (s.to(network.device, torch.float64).expand(network.sizes[i]) for s in node.function.slopes)
+            if node.slopes is not None:
+                alpha, beta = (s.to(network.device, torch.float64).expand(network.sizes[i]) for s in node.slopes)
                 if shape is None:
-                    layers.append(Layer(i, node.source, network.sizes[i], alpha, beta, self.level(i)))
+                    layers.append(Layer(i, node.sources[0], network.sizes[i], alpha, beta, self.level(i)))
                     continue
                 alpha, beta = alpha.reshape(shape[0], -1).amin(1), beta.reshape(shape[0], -1).amax(1)
                 if i in self._needed:
                     alpha, beta = alpha.clamp_max(0), beta.clamp_min(0)
-                source = node.source
+                source = node.sources[0]
             elif self._masked(i) and shape is not None:
                 alpha = torch.zeros(shape[0], dtype=torch.float64, device=network.device)
                 beta, source = alpha + 1, i
@@ -369,10 +368,3 @@ def _pointwise(conv: Conv) -> bool:
     """Whether every pixel of the result depends on the pixel at its place alone."""
     ones = (*conv.weight.shape[2:], *conv.stride)
     return all(n == 1 for n in ones) and not any(conv.padding) and conv.large == conv.small
-
-
-def sources_of(node: object) -> tuple[int, ...]:
-    """The nodes that a node reads."""
-    if isinstance(node, Affine | Activation):
-        return (node.source,)
-    return node.sources if isinstance(node, Sum) else ()

@@ -8,8 +8,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from lipguard.network import Activation, Affine, Conv, Input, Sum
-from lipguard.programs.torus import Layer, Torus, axis_of, sources_of
+from lipguard.network import Conv
+from lipguard.programs.torus import Layer, Torus, axis_of
 
 Blocks = dict[int, Tensor]
 
@@ -56,18 +56,15 @@ class _Walk:
             return self._known[i]
         torus, node = self.torus, self.torus.network.nodes[i]
         result: Blocks = {}
-        if isinstance(node, Sum):
+        if node.map is None:
             for source in node.sources:
                 for s, block in self._moved(self.value(source), source, i).items():
                     result[s] = result[s] + block if s in result else block
+        elif (conv := torus.edges[i]) is not None:
+            result = self._after(conv, node.sources[0], i)
         else:
-            assert isinstance(node, Affine)
-            conv = torus.edges[i]
-            if conv is None:
-                for s, block in self._vector(node.source, node.operator.dense()).items():
-                    result[s] = self._spectrum(block[0].T, i).mH
-            else:
-                result = self._after(conv, node.source, i)
+            for s, block in self._vector(node.sources[0], node.map.dense()).items():
+                result[s] = self._spectrum(block[0].T, i).mH
         self._known[i] = result
         return result
 
@@ -115,12 +112,12 @@ class _Walk:
             if j not in waiting:
                 continue
             node, matrix = nodes[j], waiting.pop(j)
-            if isinstance(node, Input | Activation):
+            if node.variable:
                 result[torus.place.get(j, -1)] = matrix[None] if torus.shapes[j] is None else self._spectrum(matrix, j)
                 continue
             # What a mask would take away lies outside the window: only the window is read here.
-            matrix = node.operator.transpose()(matrix) if isinstance(node, Affine) else matrix
-            for s in sources_of(node):
+            matrix = matrix if node.map is None else node.map.transpose()(matrix)
+            for s in node.sources:
                 waiting[s] = waiting[s] + matrix if s in waiting else matrix
         return result
 
