@@ -18,8 +18,9 @@ from torch import Tensor
 from lipguard.errors import UnsupportedQuery
 
 if TYPE_CHECKING:
-    from lipguard.network.nodes import Activation, Affine, Coupled, Implicit, Input, Node, Sum, Vertex
+    from lipguard.network.nodes import Activation, Affine, Coupled, Implicit, Input, Node, Sum
     from lipguard.network.operators import Operator
+    from lipguard.network.vertex import Vertex
 
 T = TypeVar("T")
 
