@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
-from lipguard.network import Activation
-
 if TYPE_CHECKING:
     from lipguard.capture.trace import Trace, Value
 
@@ -104,7 +102,7 @@ def torch_activation(trace: Trace, x: Value, function: Callable[..., object]) ->
     except TypeError:
         trace.refuse(f"names {name} as its activation, which needs more arguments. {remedy}")
     made = trace.nodes[node] if isinstance(node, int) and node >= 0 else None
-    if not isinstance(made, Activation) or not isinstance(node, int) or made.source != x.node:
+    if made is None or made.elementwise is None or not isinstance(node, int) or made.sources != (x.node,):
         trace.refuse(f"names {name} as its activation, which is not an elementwise function. {remedy}")
     return node
 
