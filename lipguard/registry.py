@@ -154,8 +154,9 @@ def solver(name: str, kind: str | None = None) -> Entry:
     """
     entry = SOLVERS[name] if name in SOLVERS else _find(name, solvers(), "solver", ("auto",))
     if kind is not None and kind not in entry.solves:
+        solved = " and ".join(one.upper() for one in entry.solves) or "nothing that it states"
         raise UnsupportedQuery(
-            f"solver {name!r} solves {' and '.join(entry.solves).upper() or 'nothing that it states'}, not {kind.upper()}. "
+            f"solver {name!r} solves {solved}, not {kind.upper()}. "
             f"Use {_listed(name for name in solvers(kind) if available(name))} or 'auto'."
         )
     missing = [module for module in entry.requires if importlib.util.find_spec(module) is None]

@@ -531,7 +531,7 @@ def test_other_norms_solvers_and_sizes_are_refused(monkeypatch: pytest.MonkeyPat
         lg.bound(network, method="lipsdp-channel", norm=math.inf)
     with pytest.raises(errors.UnsupportedQuery, match="low-rank"):
         lg.bound(network, method="lipsdp-channel", solver="scs")
-    monkeypatch.setattr("lipguard.bounds.channel._LARGEST", 1e3)
+    monkeypatch.setattr("lipguard.bounds.cost.MEMORY_SEARCH", 1e3)
     with pytest.raises(errors.UnsupportedQuery, match="submodules"):
         lg.bound(network, method="lipsdp-channel")
 

@@ -567,7 +567,7 @@ def test_queries_without_an_answer():
     net = implicit([[0.5]], [[1.0]], [[1.0]])
     with pytest.raises(UnsupportedQuery, match="implicit layer: the exact methods take feed-forward networks only"):
         lg.exact(net)
-    with pytest.raises(UnsupportedQuery, match="no absolute-value constraint is known"):
+    with pytest.raises(UnsupportedQuery, match="contraction has no bound for the norms"):
         lg.bound(net, method="contraction", norm=2)
     # Well posed in the 2-norm, but it contracts in no maximum norm: rotations are long there.
     turning = implicit([[0.0, 3.0], [-3.0, 0.0]], [[1.0], [0.0]], [[1.0, 0.0]])
