@@ -35,10 +35,10 @@ from lipguard.network import Network
 from lipguard.outward import show_upper
 from lipguard.solvers.threads import one_thread
 from lipguard.verify import verify
+from lipguard.verify.domain.localized import Reduced
 from lipguard.verify.phases.partition import semidefinite
 from lipguard.verify.phases.phase_form import PhaseForm, phase_form
-from lipguard.verify.phases.phases import Ranges, propagate, refutes
-from lipguard.verify.phases.substitution import Reduced, reduce
+from lipguard.verify.phases.phases import Implied, imply, reduce, refutes
 
 _LOGGER = logging.getLogger("lipguard.exact")
 _BATCH_SECONDS = 0.5
@@ -184,7 +184,7 @@ def _evaluate(
     """Bound new nodes; nothing is added to the search before all of it succeeded."""
     form, task = search.form, search.task
     before = task.lower
-    ranges = propagate(form, decisions, parts)
+    ranges = imply(form, decisions, parts)
     empty = ranges.empty.tolist()
     search.nodes += len(decisions)
     leaves = [Leaf(decisions[i].to(torch.int8), empty=True, part=int(parts[i])) for i in range(len(decisions)) if empty[i]]
@@ -247,7 +247,7 @@ def _evaluate(
         task.improve(seconds=_CLIMB_SECONDS)
 
 
-def _flat(search: Search, leaves: list[Leaf], decisions: Tensor, ranges: Ranges, reduced: Reduced, i: int, part: int) -> bool:
+def _flat(search: Search, leaves: list[Leaf], decisions: Tensor, ranges: Implied, reduced: Reduced, i: int, part: int) -> bool:
     """Whether region i is proved to have no interior; it is a leaf then."""
     weights = flat_weights(search.form, ranges, reduced, i, part)
     if weights is not None:
@@ -256,7 +256,7 @@ def _flat(search: Search, leaves: list[Leaf], decisions: Tensor, ranges: Ranges,
     return weights is not None
 
 
-def _decide(search: Search, decisions: Tensor, parts: Tensor, ranges: Ranges, reduced: Reduced, points: list[Known]) -> Decided:
+def _decide(search: Search, decisions: Tensor, parts: Tensor, ranges: Implied, reduced: Reduced, points: list[Known]) -> Decided:
     """Decide the neurons that do not divide their regions."""
     patterns = ranges.phases.clamp_min(0)
     for i, point in enumerate(points):
@@ -293,7 +293,7 @@ def _within(known: Known, phases: Tensor) -> bool:
     return bool((known[1][fixed] == phases.numpy()[fixed]).all())
 
 
-def _refuted(form: PhaseForm, ranges: Ranges, found: list[Feasibility | None]) -> Tensor:
+def _refuted(form: PhaseForm, ranges: Implied, found: list[Feasibility | None]) -> Tensor:
     """Which infeasible relaxations the checker's test refutes as well."""
     asked = [i for i, outcome in enumerate(found) if outcome is not None and outcome.farkas is not None]
     result = torch.zeros(len(found), dtype=torch.bool)

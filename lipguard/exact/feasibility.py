@@ -10,9 +10,9 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from lipguard.solvers import highs
+from lipguard.verify.domain.localized import Reduced
 from lipguard.verify.phases.phase_form import PhaseForm
-from lipguard.verify.phases.phases import Lines, Ranges, piece_ends
-from lipguard.verify.phases.substitution import Reduced
+from lipguard.verify.phases.phases import Implied, lines, piece_ends
 
 MARGIN = 1e-9
 """Distance by which demands must fail before they count as refuted."""
@@ -36,7 +36,7 @@ class Feasibility:
     farkas: Tensor | None
 
 
-def feasibility(form: PhaseForm, ranges: Ranges, reduced: Reduced, which: list[int]) -> list[Feasibility]:
+def feasibility(form: PhaseForm, ranges: Implied, reduced: Reduced, which: list[int]) -> list[Feasibility]:
     """Maximise the margin of the demands of each chosen assignment over its relaxation.
 
     Variables: the input x in the box around the region, u of the free neurons between the lines of their ranges, and
@@ -51,33 +51,29 @@ def feasibility(form: PhaseForm, ranges: Ranges, reduced: Reduced, which: list[i
 class _Relaxation:
     """What the programs of one batch share, as NumPy arrays."""
 
-    def __init__(self, form: PhaseForm, ranges: Ranges, reduced: Reduced, which: Tensor) -> None:
+    def __init__(self, form: PhaseForm, ranges: Implied, reduced: Reduced, which: Tensor) -> None:
         self.form = form
-        n = form.neurons
-        everything = slice(0, n)
-        phases, low, high = ranges.phases[which], ranges.lower[which], ranges.upper[which]
-        cut_low, cut_high = piece_ends(form, phases, everything)
-        self.low, self.high, self.cut_low, self.cut_high = (e.numpy() for e in (low, high, cut_low, cut_high))
-        self.p, self.height, self.free = reduced.p[which].numpy(), reduced.height[which].numpy(), reduced.free[which].numpy()
-        self.alpha, self.width = reduced.alpha[which].numpy(), reduced.width[which].numpy()
-        self.x_low, self.x_high = ranges.x_lower[which].numpy(), ranges.x_upper[which].numpy()
+        some, own = ranges.pick(which), reduced.pick(which)
+        cut_low, cut_high = piece_ends(form, some.phases, slice(0, form.neurons))
+        self.low, self.high, self.cut_low, self.cut_high = (e.numpy() for e in (some.lower, some.upper, cut_low, cut_high))
+        self.p, self.height, self.free = own.p.numpy(), own.height.numpy(), own.free.numpy()
+        self.alpha, self.width = own.alpha.numpy(), own.width.numpy()
+        self.x_low, self.x_high = some.x_lower.numpy(), some.x_upper.numpy()
         # Each free u lies below and above lines of four slopes: chord, default and both end pieces.
-        count = len(which)
-        default = Lines.blank(count, n)
-        default.fill(form, phases, everything, low, high)
+        default, everywhere = lines(form, some), own.alpha.shape
         self.lines: list[tuple[float, np.ndarray, np.ndarray]] = []
         seen: list[Tensor] = []
-        for slope in (default.high_slope, default.low_slope, form.pieces[0].expand(count, n), form.pieces[-1].expand(count, n)):
+        for slope in (default.high_slope, default.low_slope, *(form.pieces[j].expand(everywhere) for j in (0, -1))):
             if any(bool((slope == other).all()) for other in seen):
                 continue
             seen.append(slope)
-            lines = Lines.blank(count, n)
-            lines.fill(form, phases, everything, low, high, slope)
-            self.lines += [(1.0, slope.numpy(), lines.high_height.numpy()), (-1.0, slope.numpy(), lines.low_height.numpy())]
+            own_lines = lines(form, some, slope)
+            heights = (1.0, own_lines.high_height), (-1.0, own_lines.low_height)
+            self.lines += [(sign, slope.numpy(), height.numpy()) for sign, height in heights]
 
     def solve(self, k: int) -> Feasibility:
         form, n = self.form, self.form.neurons
-        d = form.q.shape[1] - n
+        d, f = form.q.shape[1] - n, self.p.shape[2] - (form.q.shape[1] - n)
         height = self.height[k]
         cut_low, cut_high, low, high = self.cut_low[k], self.cut_high[k], self.low[k], self.high[k]
         # Demands that the ranges meet already by themselves are left out.
@@ -85,9 +81,10 @@ class _Relaxation:
         above = np.flatnonzero(np.isfinite(cut_high) & (high >= cut_high))
         asked = np.concatenate([below, above])
         free = np.flatnonzero(self.free[k])
-        if not self.p[k][np.ix_(asked, free)].any():
+        # The first places are those of the free neurons, in their order.
+        if not self.p[k][asked, : len(free)].any():
             free = free[:0]  # the demands are affine in the input alone: nothing is relaxed
-        p = np.concatenate([self.p[k][:, n:], self.p[k][:, free]], 1)
+        p = np.concatenate([self.p[k][:, f:], self.p[k][:, : len(free)]], 1)
         size = d + len(free) + 1
         matrix = np.empty((len(asked), size))
         matrix[: len(below), :-1], matrix[len(below) :, :-1] = -p[below], p[above]

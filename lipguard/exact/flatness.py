@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from lipguard.solvers import highs
+from lipguard.verify.domain.localized import Reduced
 from lipguard.verify.phases.flat import is_flat
 from lipguard.verify.phases.phase_form import PhaseForm
-from lipguard.verify.phases.phases import Ranges, piece_ends
-from lipguard.verify.phases.substitution import Reduced
+from lipguard.verify.phases.phases import Implied, piece_ends
 
 THIN = 1e-9
 """A region whose demands can be met together with no more margin than this may have no interior."""
@@ -18,7 +18,7 @@ THIN = 1e-9
 _NOISE = 1e-9
 
 
-def flat_weights(form: PhaseForm, ranges: Ranges, reduced: Reduced, k: int, part: int) -> Tensor | None:
+def flat_weights(form: PhaseForm, ranges: Implied, reduced: Reduced, k: int, part: int) -> Tensor | None:
     """Weights that prove that region k has no interior, read by `verify.phases.flat.is_flat`; None if none are found.
 
     The program maximises the least distance of an input of the domain from the demands that no free neuron enters.
@@ -29,12 +29,13 @@ def flat_weights(form: PhaseForm, ranges: Ranges, reduced: Reduced, k: int, part
     phases = ranges.phases[k]
     cut_low, cut_high = (e[0].numpy() for e in piece_ends(form, phases[None], slice(0, n)))
     p, height = reduced.p[k].numpy(), reduced.height[k].numpy()
-    affine = ~(p[:, :n] != 0).any(1) & (np.abs(p[:, n:]).sum(1) > 1e-12 * reduced.p_mass[k].numpy().sum(1))
+    f = reduced.index.shape[1]
+    affine = ~(p[:, :f] != 0).any(1) & (np.abs(p[:, f:]).sum(1) > 1e-12 * reduced.p_mass[k].numpy().sum(1))
     below, above = np.flatnonzero(affine & np.isfinite(cut_low)), np.flatnonzero(affine & np.isfinite(cut_high))
     owners, signs = np.r_[below, above], np.r_[np.ones(len(below)), -np.ones(len(above))]
     if not len(owners):
         return None
-    gradient = signs[:, None] * p[owners, n:]
+    gradient = signs[:, None] * p[owners, f:]
     room = np.r_[height[below] - cut_low[below], cut_high[above] - height[above]]
     length = np.linalg.norm(gradient, axis=1)
     lower, upper = form.lower[part].numpy(), form.upper[part].numpy()

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lipguard.solvers import batched
+from lipguard.verify.domain.localized import Reduced
 from lipguard.verify.phases.partition import interval_norms
 from lipguard.verify.phases.phase_form import PhaseForm
-from lipguard.verify.phases.phases import Ranges
-from lipguard.verify.phases.substitution import Reduced, compact
+from lipguard.verify.phases.phases import Implied
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ _MANY = 64
 
 
 def node_bounds(
-    form: PhaseForm, norm: tuple[float, float], ranges: Ranges, reduced: Reduced, t: Tensor, rho: Tensor, effort: Effort
+    form: PhaseForm, norm: tuple[float, float], ranges: Implied, reduced: Reduced, t: Tensor, rho: Tensor, effort: Effort
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Bound, multipliers and neuron to branch on (-1: none is free) for each node.
 
@@ -47,7 +47,7 @@ def node_bounds(
     """
     n = form.neurons
     if n == 0:
-        jacobian = compact(reduced, form.tangent)[4]
+        jacobian = reduced.maps(form.inputs).jacobian
         exact = torch.linalg.matrix_norm(jacobian, 2) if norm == (2.0, 2.0) else interval_norms(form, reduced, norm)
         return exact, torch.ones_like(t), torch.full((len(t),), -1)
     if norm != (2.0, 2.0):
@@ -58,7 +58,8 @@ def node_bounds(
         score = torch.where(reduced.free, 1.0 + width / (1 + width) + first, torch.zeros(()))
         branch = torch.where(reduced.free.any(1), score.argmax(1), -1)
         return interval_norms(form, reduced, norm), torch.ones_like(t), branch
-    index, present, q, _, y, _ = compact(reduced, form.tangent)
+    maps = reduced.maps(form.inputs)
+    index, present, q, y = maps.index, maps.present, maps.q, maps.y
     f = index.shape[1]
     count = len(index)
     # Where nothing is free the Jacobian is known: its norm, not what the solver reached.

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lipguard.certificate import Leaf
 from lipguard.exact.linear import signs
+from lipguard.verify.domain.localized import Reduced
 from lipguard.verify.phases.phase_form import PhaseForm
-from lipguard.verify.phases.phases import Lines, Ranges, piece_ends, propagate, refutes
-from lipguard.verify.phases.substitution import Reduced, reduce
+from lipguard.verify.phases.phases import Implied, imply, lines, piece_ends, reduce, refutes
 
 _ENTRIES = 4e6
 """Entries of the programs' matrices that are held at once."""
@@ -38,7 +38,7 @@ class Decided:
     """
 
     decisions: Tensor
-    ranges: Ranges
+    ranges: Implied
     reduced: Reduced
     leaves: list[Leaf]
     beyond: list[dict[int, np.ndarray]]
@@ -63,7 +63,7 @@ class _Asked:
     slopes: Tensor
 
 
-def decide(form: PhaseForm, decisions: Tensor, parts: Tensor, ranges: Ranges, reduced: Reduced, patterns: Tensor) -> Decided:
+def decide(form: PhaseForm, decisions: Tensor, parts: Tensor, ranges: Implied, reduced: Reduced, patterns: Tensor) -> Decided:
     """Decide the neurons that are in a single piece everywhere in their region.
 
     Args:
@@ -84,17 +84,15 @@ def decide(form: PhaseForm, decisions: Tensor, parts: Tensor, ranges: Ranges, re
         for i in reached.nonzero()[:, 0].tolist():
             beyond[int(asked.region[i])][int(asked.neuron[i])] = found[i].numpy()
         if _record(form, decisions, parts, ranges, patterns, asked, excluded, farkas, leaves):
-            ranges = propagate(form, decisions, parts)
+            ranges = imply(form, decisions, parts)
             reduced = reduce(form, ranges)
     return Decided(decisions, ranges, reduced, leaves, beyond)
 
 
-def _questions(form: PhaseForm, ranges: Ranges, reduced: Reduced, patterns: Tensor, layer: int) -> _Asked:
+def _questions(form: PhaseForm, ranges: Implied, reduced: Reduced, patterns: Tensor, layer: int) -> _Asked:
     """Both ends of the piece that each free neuron of a layer has at the region's point."""
     n, here = form.neurons, form.layers[layer]
-    lines = Lines.blank(len(patterns), n)
-    for before in form.layers[:layer]:
-        lines.fill(form, ranges.phases, before, ranges.lower[:, before], ranges.upper[:, before])
+    around = lines(form, ranges)
     low, high = piece_ends(form, patterns[:, here], here)
     parts: list[_Asked] = []
     for sign, end in ((1.0, high), (-1.0, low)):
@@ -106,8 +104,8 @@ def _questions(form: PhaseForm, ranges: Ranges, reduced: Reduced, patterns: Tens
         for before in reversed(form.layers[:layer]):
             own = rows[:, before]
             up = own > 0
-            slope = torch.where(up, lines.high_slope[region, before], lines.low_slope[region, before])
-            height = torch.where(up, lines.high_height[region, before], lines.low_height[region, before])
+            slope = torch.where(up, around.high_slope[region, before], around.low_slope[region, before])
+            height = torch.where(up, around.high_height[region, before], around.low_height[region, before])
             slopes[:, before] = slope
             through = own * slope
             constant = constant + (own * height).sum(1) + through @ form.bias[before]
@@ -116,7 +114,7 @@ def _questions(form: PhaseForm, ranges: Ranges, reduced: Reduced, patterns: Tens
     return _Asked(*(torch.cat([getattr(part, name) for part in parts]) for name in _Asked.__dataclass_fields__))
 
 
-def _answer(form: PhaseForm, ranges: Ranges, reduced: Reduced, asked: _Asked) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _answer(form: PhaseForm, ranges: Implied, reduced: Reduced, asked: _Asked) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Which questions are denied, by which multipliers; which are affirmed, by which input."""
     rows, right, owner, side = _demands(form, ranges, reduced)
     middle, half = (ranges.x_lower + ranges.x_upper) / 2, (ranges.x_upper - ranges.x_lower) / 2
@@ -146,7 +144,7 @@ def _answer(form: PhaseForm, ranges: Ranges, reduced: Reduced, asked: _Asked) ->
     return excluded, farkas, reached, found
 
 
-def _demands(form: PhaseForm, ranges: Ranges, reduced: Reduced) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _demands(form: PhaseForm, ranges: Implied, reduced: Reduced) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Demands of decided neurons that are affine in the input and that the ranges do not meet by themselves.
 
     Returns:
@@ -155,13 +153,14 @@ def _demands(form: PhaseForm, ranges: Ranges, reduced: Reduced) -> tuple[Tensor,
     """
     n = form.neurons
     low, high = piece_ends(form, ranges.phases, slice(0, n))
-    affine = ~(reduced.p[:, :, :n] != 0).any(2)
+    f = reduced.index.shape[1]
+    affine = ~(reduced.p[:, :, :f] != 0).any(2)
     asked = torch.cat([affine & low.isfinite() & (ranges.lower <= low), affine & high.isfinite() & (ranges.upper >= high)], 1)
     count = int(asked.sum(1).max()) if len(asked) else 0
     index = asked.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count]
     present = asked.gather(1, index)
     neuron, side = index % n, torch.where(index < n, 1.0, -1.0).to(torch.float64)
-    rows = reduced.p[:, :, n:].gather(1, neuron[:, :, None].expand(-1, -1, reduced.p.shape[2] - n))
+    rows = reduced.p[:, :, f:].gather(1, neuron[:, :, None].expand(-1, -1, reduced.p.shape[2] - f))
     end = torch.where(index < n, low.gather(1, neuron), high.gather(1, neuron))
     right = side * (reduced.height.gather(1, neuron) - end)
     rows = -side[:, :, None] * rows * present[:, :, None]
@@ -172,7 +171,7 @@ def _record(
     form: PhaseForm,
     decisions: Tensor,
     parts: Tensor,
-    ranges: Ranges,
+    ranges: Implied,
     patterns: Tensor,
     asked: _Asked,
     excluded: Tensor,

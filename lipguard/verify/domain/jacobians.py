@@ -8,6 +8,7 @@ radii; and, from 2-norm to 2-norm, the product of the norms of D^(1/2) W D^(1/2)
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -47,34 +48,39 @@ def jacobian_magnitude(propagation: Propagation, rows: Tensor | None = None) -> 
     felt: dict[int, tuple[Tensor, Tensor]] = {len(network.nodes) - 1: (start, torch.zeros_like(start))}
 
     def add(i: int, mid: Tensor, rad: Tensor) -> None:
-        if i in felt:
+        if i in felt:  # one rounding
             total = felt[i][0] + mid
             felt[i] = total, (felt[i][1] + rad + 2 * UNIT * total.abs()) * (1 + 4 * UNIT)
         else:
             felt[i] = mid, rad
 
-    for i in range(len(network.nodes) - 1, -1, -1):
+    def through(source: int, operator: Operator, bias: Tensor | None) -> int:
+        del bias
+        back, magnitude = operator.transpose(), operator.abs().transpose()
+        # Sums of products, in the middle and in the radius.
+        k = gamma(operator.shape[0] + 8)
+        add(source, back(mid), magnitude(rad + 2 * k * (mid.abs() + rad)) * (1 + 4 * k))
+        return source
+
+    def branch(sources: Sequence[int]) -> int:
+        for source in sources:
+            add(source, mid, rad)
+        return i
+
+    for i in range(len(network.nodes) - 1, 0, -1):
         if i not in felt:
             continue
-        node = network.nodes[i]
-        if isinstance(node, Input):
-            break
-        mid, rad = felt.pop(i)
-        match node:
-            case Affine():
-                back, magnitude = node.operator.transpose(), node.operator.abs().transpose()
-                k = gamma(node.operator.shape[0] + 8)
-                add(node.source, back(mid), magnitude(rad + 2 * k * (mid.abs() + rad)) * (1 + 4 * k))
-            case Activation():
-                low, high = slopes[i]
-                # s = c +- r, r rounded up.
-                c = ((low + high) / 2)[:, None]
-                r = torch.maximum(high[:, None] - c, c - low[:, None]) * (1 + 2 * UNIT)
-                product = mid * c
-                add(node.source, product, (mid.abs() * r + rad * (c.abs() + r) + 2 * UNIT * product.abs()) * (1 + 8 * UNIT))
-            case Sum():
-                for source in node.sources:
-                    add(source, mid, rad)
+        (mid, rad), node = felt.pop(i), network.nodes[i]
+        if i not in slopes:
+            node.linear(node.sources, through, branch)
+            continue
+        low, high = slopes[i]
+        # s = c +- r: the differences round by u of themselves, then the product does.
+        c = ((low + high) / 2)[:, None]
+        r = torch.maximum(high[:, None] - c, c - low[:, None]) * (1 + 2 * UNIT)
+        product = mid * c
+        radius = (mid.abs() * r + rad * (c.abs() + r) + 2 * UNIT * product.abs()) * (1 + 8 * UNIT)
+        add(node.sources[0], product, radius)
     if 0 not in felt:
         return torch.zeros(count, start.shape[1], network.inputs, dtype=torch.float64, device=start.device)
     mid, rad = felt[0]
@@ -99,7 +105,8 @@ def magnitude_norms(magnitude: Tensor, norm: tuple[float, float]) -> Tensor:
         value = torch.linalg.vector_norm(magnitude, 2, dim=2).amax(1)
     else:
         return matrix_norms(magnitude)
-    return value * grow + TINY
+    # Sums of products and their root, each rounded; below the normal range a square loses less than TINY, where there is any.
+    return (value * grow + TINY) * magnitude.flatten(1).any(1)
 
 
 def matrix_norms(matrices: Tensor) -> Tensor:

@@ -2,11 +2,13 @@
 
 A neuron whose slopes on the domain are [alpha, beta] is w = alpha p + (beta - alpha) u, where the slope of u lies in
 [0, 1] along every increment inside the (convex) domain. Where alpha = beta the neuron vanishes into its predecessors:
-what remains is p = Q (u, x), y = Y (u, x) over the f free neurons, up to constants.
+what remains is p = P (u, x), y = Y (u, x) over the f free neurons, up to constants. Domains, balls around samples and the
+regions of fixed phases are all of this form; they differ in where the slopes are from.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,9 +17,10 @@ from torch import Tensor
 
 from lipguard.certificate import Domain
 from lipguard.network import Network
-from lipguard.rounding import TINY, UNIT, gamma, prove_positive_definite
+from lipguard.rounding import UNIT, gamma
 from lipguard.verify.domain.ranges import Propagation, Regions, propagate
 from lipguard.verify.enclosed import Enclosed
+from lipguard.verify.lmi import batched
 from lipguard.verify.lmi.form import Form, feedback_form
 
 ENTRIES = 30_000_000
@@ -59,11 +62,86 @@ class Localized:
         more = [v[which][:, :width] for v in (self.width, self.layers)]
         return Localized(rows[0], rows[1], q, q_mass, y, y_mass, more[0], more[1], self.error)
 
+    @property
+    def jacobian(self) -> Tensor:
+        """Y over x alone, (K, m, d): the Jacobian where no neuron is free."""
+        return self.y[:, :, self.index.shape[1] :]
+
+    def jacobian_magnitude(self) -> Tensor:
+        """Entrywise upper bound of |J| over all slopes of u in [0, 1], (K, m, d)."""
+        f = self.index.shape[1]
+        middle = radius = torch.zeros_like(self.q[:, :, f:])
+
+        def rows(direct: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+            """J of rows over (u, x), where J of u is middle / 2 +- radius: u_j = s p_j with s = 1/2 +- 1/2."""
+            through, size = direct[:, :, :f], middle.abs() + radius
+            mid = direct[:, :, f:] + through @ middle / 2
+            rad = through.abs() @ (radius + middle.abs() / 2)
+            # Twice the maps' error: once for their entries, once for the sums made of them here.
+            return mid, rad + 2 * self.error * (mass[:, :, f:] + mass[:, :, :f] @ size)
+
+        # Q is nilpotent: after as many turns as there are layers all rows are final.
+        for _ in range(int(self.layers.max()) + 1 if self.layers.numel() else 0):
+            middle, radius = rows(self.q, self.q_mass)
+        mid, rad = rows(self.y, self.y_mass)
+        # The radii are sums of nonnegative numbers, each off by at most `error` of itself a layer.
+        return (mid.abs() + rad) * (1 + 64 * self.error)
+
     def functionals(self, rows: Tensor) -> Localized:
         """The maps followed by rows (K, k, m) of their outputs."""
         y, mass = rows @ self.y, rows.abs() @ self.y_mass
         error = self.error + gamma(rows.shape[2] + 8)
         return replace(self, y=y, y_mass=mass, error=error)
+
+
+@dataclass(frozen=True, eq=False)
+class Reduced:
+    """K maps over (u, x) of all neurons, those that vanished included.
+
+    Attributes:
+        index, present: as in `Localized`.
+        p, y: pre-activations and outputs, (K, n, f + d) and (K, m, f + d).
+        p_mass, y_mass: the same sums in absolute values; `error` times them bounds every rounding in p and y.
+        height: p at (u, x) = 0 in floating point, (K, n): a help for proposals, no proof.
+        alpha, width: slopes alpha and beta - alpha, (K, n); the free neurons are those of positive width.
+        layers: the activation node's position of each neuron, (n,).
+        error: relative.
+    """
+
+    index: Tensor
+    present: Tensor
+    p: Tensor
+    p_mass: Tensor
+    y: Tensor
+    y_mass: Tensor
+    height: Tensor
+    alpha: Tensor
+    width: Tensor
+    layers: Tensor
+    error: float
+
+    @property
+    def free(self) -> Tensor:
+        """Which neurons are free, (K, n)."""
+        return self.width > 0
+
+    def pick(self, which: Tensor) -> Reduced:
+        """The chosen maps."""
+        names = ("index", "present", "p", "p_mass", "y", "y_mass", "height", "alpha", "width")
+        return replace(self, **{name: getattr(self, name)[which] for name in names})
+
+    def maps(self, inputs: Tensor | None = None) -> Localized:
+        """The free neurons' rows; columns of the chosen inputs, of all for None."""
+        index, present = self.index, self.present
+        f = index.shape[1]
+        y, y_mass = self.y, self.y_mass
+        picked = index[:, :, None].expand(-1, -1, self.p.shape[2])
+        keep = present[:, :, None].to(self.p)
+        q, q_mass = (v.gather(1, picked) * keep for v in (self.p, self.p_mass))
+        if inputs is not None:
+            columns = torch.cat([torch.arange(f, device=inputs.device), f + inputs])
+            q, q_mass, y, y_mass = (v[:, :, columns] for v in (q, q_mass, y, y_mass))
+        return Localized(index, present, q, q_mass, y, y_mass, self.width.gather(1, index), self.layers[index], self.error)
 
 
 def localized(network: Network, propagation: Propagation | None) -> Localized:
@@ -72,9 +150,7 @@ def localized(network: Network, propagation: Propagation | None) -> Localized:
         alpha, beta = (s[None] for s in network.slopes())
     else:
         alpha, beta = propagation.slopes()
-    form = feedback_form(network)
-    terms = form.neurons + network.inputs + form.outputs + 16
-    return _eliminate(form, [network.sizes[i] for i in network.activations], alpha, beta, terms)
+    return reduced(feedback_form(network), [network.sizes[i] for i in network.activations], alpha, beta).maps()
 
 
 def localize(network: Network, domains: Sequence[Domain]) -> Localized:
@@ -89,105 +165,73 @@ def chunk_size(network: Network) -> int:
     return max(1, min(256, ENTRIES // entries))
 
 
-def _eliminate(form: Form, sizes: list[int], alpha: Tensor, beta: Tensor, terms: int) -> Localized:
+def reduced(
+    form: Form, sizes: Sequence[int], alpha: Tensor, beta: Tensor, bias: Tensor | None = None, offset: Tensor | None = None
+) -> Reduced:
+    """Substitute the neurons whose slopes are known.
+
+    Args:
+        form: p = Q (w, x) + bias, y = Y (w, x).
+        sizes: neurons of each activation node.
+        alpha, beta: slopes, (K, n).
+        bias, offset: (n,), and of neurons that vanish what they add to alpha p, (K, n); for the heights.
+    """
     count, n = alpha.shape
-    d, device = form.inputs, alpha.device
-    # Composed affine maps carry a radius: as a multiple of this error it joins the magnitudes.
+    terms = form.neurons + form.inputs + form.outputs + 16
+    # Composed affine maps carry an absolute radius: as a multiple of this error it joins the magnitudes.
     single = gamma(terms)
     free = alpha < beta
-    # One rounding upward: a superset of the slopes.
+    # The difference rounds once, upward: a superset of the slopes.
     width = torch.where(free, (beta - alpha) * (1 + 4 * UNIT), torch.zeros_like(alpha))
     f = int(free.sum(1).max()) if count and n else 0
     index = free.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :f]
     present = free.gather(1, index)
-    options = {"dtype": torch.float64, "device": device}
-    # p and its mass over (x, places of the free neurons): only columns that can differ from zero.
-    p, p_mass = torch.zeros(count, n, d + f, **options), torch.zeros(count, n, d + f, **options)
-    place = torch.zeros(count, n, dtype=torch.long, device=device).scatter(
-        1, index, torch.arange(f, device=device).expand(count, -1)
-    )
+    scale = (width.gather(1, index) * present)[:, None]
+    layers = [slice(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
+    p, p_mass = (alpha.new_zeros(count, n, f + form.inputs) for _ in range(2))
+    height = torch.zeros_like(alpha)
 
-    def rows(matrix: Enclosed, until: int) -> tuple[Tensor, Tensor]:
-        """Rows over (w, x) in terms of (x, u), for neurons of the first `until` layers."""
+    def rows(matrix: Enclosed, until: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows over (w, x) in terms of (u, x), for neurons of the first `until` layers; and their heights."""
         center = matrix.center
         mass = center.abs() if matrix.radius is None else torch.maximum(center.abs(), matrix.radius / single)
-        out, absolute = (torch.zeros(count, len(center), d + f, **options) for _ in range(2))
-        out[:, :, :d], absolute[:, :, :d] = center[:, n:], mass[:, n:]
-        start = 0
-        for size in sizes[:until]:
-            here = slice(start, start + size)
-            start += size
-            block, block_mass = center[:, here], mass[:, here]
-            if not bool(block_mass.any()):
-                continue
-            if f:
-                places = (d + place[:, None, here]).expand(-1, len(center), -1)
-                # Fixed neurons have width 0: adding to place 0 what is nothing.
-                out.scatter_add_(2, places, block * width[:, None, here])
-                absolute.scatter_add_(2, places, block_mass * width[:, None, here])
-            slopes = alpha[:, None, here]
-            if bool(slopes.any()):
-                out += (block * slopes) @ p[:, here]
+        # Rows are zero at all neurons of later layers.
+        out, absolute = (
+            torch.cat([v[:, index].movedim(1, 0) * scale, v[:, n:].expand(count, -1, -1)], 2) for v in (center, mass)
+        )
+        constant = alpha.new_zeros(count, len(center))
+        for here in layers[:until]:
+            block, block_mass, slopes = center[:, here], mass[:, here], alpha[:, None, here]
+            if offset is not None:
+                constant += offset[:, here] @ block.T
+            if bool(slopes.any()) and bool(block_mass.any()):
+                scaled = block * slopes
+                out += scaled @ p[:, here]
                 absolute += (block_mass * slopes.abs()) @ p_mass[:, here]
-        return out, absolute
+                constant += (scaled @ height[:, here, None])[:, :, 0]
+        return out, absolute, constant
 
-    start = 0
-    for k, size in enumerate(sizes):
-        here = slice(start, start + size)
-        start += size
-        part = Enclosed(form.q.center[here], None if form.q.radius is None else form.q.radius[here])
-        p[:, here], p_mass[:, here] = rows(part, k)
-    y, y_mass = rows(form.y, len(sizes))
-    order = torch.cat([torch.arange(d, d + f, device=device), torch.arange(d, device=device)])
-    picked = index[:, :, None].expand(-1, -1, d + f)
-    keep = present[:, :, None].to(torch.float64)
-    q, q_mass = ((v.gather(1, picked) * keep)[:, :, order] for v in (p, p_mass))
-    layer = torch.cat([index.new_zeros(0), *(index.new_full((size,), k) for k, size in enumerate(sizes))])
-    # A layer adds the errors of its block, of the slopes and of the sum to that of the layers before.
-    error = gamma(16 * (len(sizes) + 2) * terms)
-    return Localized(index, present, q, q_mass, y[:, :, order], y_mass[:, :, order], width.gather(1, index), layer[index], error)
+    for k, here in enumerate(layers):
+        p[:, here], p_mass[:, here], height[:, here] = rows(form.q[here], k)
+        if bias is not None:
+            height[:, here] += bias[here]
+    y, y_mass, _ = rows(form.y, len(layers))
+    number = torch.cat([index.new_zeros(0), *(index.new_full((size,), k) for k, size in enumerate(sizes))])
+    # An entry of p is a sum of products along paths. A layer adds to their relative error: the radius of its block (`single`),
+    # one rounding each of alpha, of beta - alpha and of their products with the block, and gamma of a sum of at most `terms`
+    # entries, each in p and again in the mass: below 16 gamma_terms a layer, two of which are for Y and for the use of it.
+    error = gamma(16 * (len(layers) + 2) * terms)
+    return Reduced(index, present, p, p_mass, y, y_mass, height, alpha, width, number, error)
 
 
 def proves(maps: Localized, t: Tensor, rho: Tensor) -> Tensor:
     """Whether sqrt(rho) is proved to bound each map's constant from 2-norm to 2-norm, (K,).
-
-    With Q = [Qu Qx], Y = [Yu Yx] the inequality is Z = [[2T - T Qu - Qu'T, -T Qx], [-Qx'T, rho I]] - Y'Y >= 0. By two
-    Schur complements, of the identity in [[Z + Y'Y, Y'], [Y, I]] and of rho I in it, Z >= 0 if and only if
-
-        [[2T - T Qu - Qu'T, Yu'], [Yu, I]] - a a' / rho >= 0,    a = [T Qx; -Yx],
-
-    of order f + m, however many inputs there are.
 
     Args:
         maps: K maps.
         t: (K, f), multipliers in the order of the places; negative and non-finite ones count as 0.
         rho: (K,).
     """
-    f, m = maps.index.shape[1], maps.y.shape[1]
-    t = torch.where(maps.present & t.isfinite(), t, torch.zeros_like(t)).clamp_min(0)
-    unit = torch.where(maps.present, 2 * t, torch.ones_like(t))
-    a = torch.cat([t[:, :, None] * maps.q[:, :, f:], -maps.y[:, :, f:]], 1)
-    a_mass = torch.cat([t[:, :, None] * maps.q_mass[:, :, f:], maps.y_mass[:, :, f:]], 1)
-    matrix = (a @ a.mT) / -rho[:, None, None]
-    coupling = t[:, :, None] * maps.q[:, :, :f]
-    matrix[:, :f, :f] -= coupling + coupling.mT
-    matrix[:, f:, :f] += maps.y[:, :, :f]
-    matrix[:, :f, f:] += maps.y[:, :, :f].mT
-    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    diagonal[:, :f] += unit
-    diagonal[:, f:] += 1
-    qu, yu = maps.q_mass[:, :, :f], maps.y_mass[:, :, :f]
-    # a carries the error of Q and Y twice in a a'; every entry is a sum of at most d + 4 terms.
-    error = 4 * maps.error + gamma(maps.q.shape[2] + maps.y.shape[2] + 64)
-    top = 1 + t.sum(1) + t.square().sum(1) / rho
-
-    def radius(v: Tensor) -> Tensor:
-        u, z = v[:, :f, None], v[:, f:, None]
-        tu = t[:, :, None] * u
-        upper = unit[:, :, None] * u + t[:, :, None] * (qu @ u) + qu.mT @ tu + yu.mT @ z
-        out = torch.cat([upper, yu @ u + z], 1) + a_mass @ (a_mass.mT @ v[:, :, None]) / rho[:, None, None]
-        lost = 64 * maps.q.shape[2] * TINY * top * v.sum(1)
-        return error * out[:, :, 0] * (1 + gamma(4 * (f + m) + 64)) + lost[:, None]
-
-    good = rho.isfinite() & (rho > 0)
-    return prove_positive_definite(matrix, radius) & good
+    # The product with the error rounds once.
+    q, y = (Enclosed(v, mass * (maps.error * (1 + 4 * UNIT))) for v, mass in ((maps.q, maps.q_mass), (maps.y, maps.y_mass)))
+    return batched.proves(q, y, t, rho, maps.present)

@@ -24,13 +24,19 @@ from lipguard.certificate import Ball, Box, Domain
 from lipguard.errors import NotCertified
 from lipguard.network import Activation, Affine, Input, Network, Operator, Sum
 from lipguard.rounding import TINY, UNIT, gamma
-from lipguard.verify.domain.relaxation import Lines, deviation, relax
+from lipguard.verify.domain.relaxation import Intervals, Lines
 
 _LARGEST = 8192
 """Neurons of a layer up to which linear propagation is used; beyond, intervals alone."""
 
 _ENTRIES = 16_000_000
 """Coefficients held at once: 128 MB."""
+
+Ends = tuple[Tensor, Tensor]
+"""Lower and upper ends, (K, size) each."""
+
+Value = tuple[Tensor, Tensor, Tensor]
+"""Lower and upper ends, and the value at the centres in floating point."""
 
 _DUAL = {1.0: math.inf, 2.0: 2.0, math.inf: 1.0}
 
@@ -128,13 +134,13 @@ class Propagation:
         """Upper bounds of rows v, v the value of `node`, on each domain: rows (K or 1, r, size) to (K, r)."""
         width = max(self.network.sizes) * len(self.regions.lower)
         step = max(1, _ENTRIES // width)
-        return torch.cat([self._largest(node, rows[:, k : k + step]) for k in range(0, rows.shape[1], step)], 1)
+        return torch.cat([self.largest_sum([(node, rows[:, k : k + step])]) for k in range(0, rows.shape[1], step)], 1)
 
-    def _largest(self, node: int, rows: Tensor) -> Tensor:
-        nodes = self.network.nodes
-        felt: dict[int, Tensor] = {node: rows}
-        count = len(self.regions.lower)
-        total, slack = (torch.zeros(count, rows.shape[1], dtype=torch.float64, device=rows.device) for _ in range(2))
+    def largest_sum(self, parts: Sequence[tuple[int, Tensor]]) -> Tensor:
+        """Upper bounds of a sum over (node, rows) of rows v, v the value of the node: rows (K or 1, r, size) to (K, r)."""
+        felt: dict[int, Tensor] = {}
+        shape, device = (len(self.regions.lower), parts[0][1].shape[1]), self.regions.lower.device
+        total, slack = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(2))
 
         def add(i: int, c: Tensor) -> None:
             nonlocal slack
@@ -144,36 +150,50 @@ class Propagation:
             else:
                 felt[i] = c
 
-        for i in range(node, -1, -1):
+        def gather(part: Tensor) -> None:
+            nonlocal total, slack
+            total = total + part
+            # One rounding of the total, and one of what `largest` or a product with a bias left.
+            slack = slack + 4 * UNIT * (total.abs() + part.abs())
+
+        def through(source: int, operator: Operator, bias: Tensor | None) -> int:
+            nonlocal slack
+            add(source, operator.transpose()(c))
+            # c' = fl(c W) is off by at most gamma |c| |W|, and so is the sum that multiplies the bias.
+            slack = slack + gamma(operator.shape[0] + 8) * _dot(c.abs(), self.masses[i])
+            if bias is not None:
+                gather(_dot(c, bias.expand(shape[0], -1)))
+            return source
+
+        def branch(sources: Sequence[int]) -> int:
+            for source in sources:
+                add(source, c)
+            return i
+
+        def neurons(source: int, lines: Lines) -> None:
+            nonlocal slack
+            up, down = c.clamp_min(0), c.clamp_max(0)
+            add(source, up * lines.high_slope[:, None] + down * lines.low_slope[:, None])
+            steep = torch.maximum(lines.high_slope.abs(), lines.low_slope.abs())
+            tall = torch.maximum(lines.high_height.abs(), lines.low_height.abs())
+            # The products with the slopes round, and so do the sums over the heights.
+            slack = slack + gamma(steep.shape[1] + 8) * _dot(c.abs(), tall + steep * self.magnitude(source))
+            gather(_dot(up, lines.high_height) + _dot(down, lines.low_height))
+
+        for node, rows in parts:
+            add(node, rows)
+        for i in range(max(felt), -1, -1):
             if i not in felt:
                 continue
-            c, here = felt.pop(i), nodes[i]
-            match here:
-                case Input():
-                    part = self.regions.largest(c)
-                case Affine():
-                    add(here.source, here.operator.transpose()(c))
-                    slack = slack + gamma(here.operator.shape[0] + 8) * _dot(c.abs(), self.masses[i])
-                    part = None if here.bias is None else _dot(c, here.bias.expand(count, -1))
-                case Activation():
-                    lines = self.lines[i]
-                    up, down = c.clamp_min(0), c.clamp_max(0)
-                    add(here.source, up * lines.high_slope[:, None] + down * lines.low_slope[:, None])
-                    steep = torch.maximum(lines.high_slope.abs(), lines.low_slope.abs())
-                    tall = torch.maximum(lines.high_height.abs(), lines.low_height.abs())
-                    part = _dot(up, lines.high_height) + _dot(down, lines.low_height)
-                    size = tall + steep * self.magnitude(here.source)
-                    slack = slack + gamma(self.network.sizes[i] + 8) * _dot(c.abs(), size)
-                case Sum():
-                    part = None
-                    for source in here.sources:
-                        add(source, c)
-                case _:
-                    raise NotCertified(f"the range of {here.name or f'node {i}'} on a domain is not known.")
-            if part is not None:
-                total = total + part
-                slack = slack + 4 * UNIT * (total.abs() + part.abs())
-        return total + slack * (1 + 2.0**-10) + len(nodes) * TINY
+            c, here = felt.pop(i), self.network.nodes[i]
+            if i == 0:
+                gather(self.regions.largest(c))
+            elif i in self.lines:
+                neurons(here.sources[0], self.lines[i])
+            else:
+                here.linear(here.sources, through, branch)
+        # The slack is a sum of nonnegative numbers, each step of which rounds by 2^-53 of itself.
+        return total + slack * (1 + 2.0**-10) + len(self.network.nodes) * TINY
 
     def magnitude(self, i: int) -> Tensor:
         """Bound of the absolute values of node i."""
@@ -194,53 +214,70 @@ class Propagation:
         return torch.cat(alphas, 1), torch.cat(betas, 1)
 
 
-def propagate(network: Network, regions: Regions) -> Propagation:
-    """Ranges of every node on each domain."""
-    result = Propagation(network, regions)
-    linear: dict[int, tuple[Tensor, Tensor]] = {}
-    lower, upper, center = result.lower, result.upper, result.center
-    for i, node in enumerate(network.nodes):
-        match node:
-            case Input():
-                low, high, middle = regions.lower, regions.upper, regions.center
-            case Affine():
-                source = node.source
-                low, high = _affine(node.operator, lower[source], upper[source], node.bias)
-                middle = node.operator(center[source])
-                mass = node.operator.abs()(result.magnitude(source))
-                if node.bias is not None:
-                    middle, mass = middle + node.bias, mass + node.bias.abs()
-                result.masses[i] = mass
-            case Activation():
-                source = node.source
-                if source not in linear:
-                    linear[source] = _linear(result, source)
-                    low, high = linear[source]
-                    lower[source] = torch.maximum(lower[source], low)
-                    # Two enclosures of one value meet, but for a domain that is empty.
-                    upper[source] = torch.maximum(torch.minimum(upper[source], high), lower[source])
-                ends = linear[source]
-                result.lines[i] = relax(node.function, *ends, center[source])
-                low, high = deviation(node.function, torch.zeros_like(lower[source]), lower[source], upper[source])
-                middle = node.function(center[source])
-            case Sum():
-                parts = node.sources
-                low, high = torch.stack([lower[s] for s in parts]).sum(0), torch.stack([upper[s] for s in parts]).sum(0)
-                slack = gamma(len(parts) + 2) * torch.stack([result.magnitude(s) for s in parts]).sum(0)
-                low, high = low - slack, high + slack
-                middle = torch.stack([center[s] for s in parts]).sum(0)
-            case _:
-                raise NotCertified(f"the range of {node.name or f'node {i}'} on a domain is not known.")
-        lower.append(low)
-        upper.append(high)
-        center.append(middle)
-    return result
+class Assumed:
+    """What is known of the neurons beforehand: here nothing, in `lipguard.verify.phases` the pieces that some of them are in.
+
+    Attributes:
+        searched: whether linear propagation is to look for ranges, or they are known.
+    """
+
+    searched = True
+
+    def cut(self, k: int, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The range of the k-th activation node's pre-activations, (K, size), cut to what is known."""
+        del k
+        return low, high
+
+    def lines(self, k: int, wide: Ends, tight: Intervals, center: Tensor) -> Lines:
+        """Lines around the k-th activation on its range: `wide` by linear propagation alone, `tight` by all that is known."""
+        del k
+        return Intervals(tight.function, *wide).lines(center)
+
+
+def propagate(network: Network, regions: Regions, assumed: Assumed | None = None) -> Propagation:
+    """Ranges of every node on each domain, or where in addition what is assumed holds.
+
+    Raises:
+        NotCertified: a node is neither affine, nor a sum, nor an activation.
+    """
+    assumed = Assumed() if assumed is None else assumed
+    found = Propagation(network, regions, [regions.lower], [regions.upper], [regions.center])
+    linear: dict[int, Ends] = {}
+    for i, node in enumerate(network.nodes[1:], 1):
+        if not isinstance(node, Affine | Sum | Activation):
+            raise NotCertified(f"the range of {node.name or f'node {i}'} on a domain is not known.")
+        if isinstance(node, Activation):
+            low, high, middle = _neurons(found, node, i, linear, assumed)
+        else:
+            read = [(found.lower[s], found.upper[s], found.center[s]) for s in node.sources]
+            low, high, middle = node.linear(read, lambda v, op, b, i=i: _affine(v, op, b, found.masses, i), _total)
+        found.lower.append(low)
+        found.upper.append(high)
+        found.center.append(middle)
+    return found
+
+
+def _neurons(found: Propagation, node: Activation, i: int, linear: dict[int, Ends], assumed: Assumed) -> Value:
+    """Values of the activation node i, whose lines are kept; its source's range is made as small as is known."""
+    source, k = node.source, len(found.lines)
+    low, high, center = found.lower[source], found.upper[source], found.center[source]
+    if source not in linear:
+        linear[source] = _linear(found, source) if assumed.searched else (low, high)
+        # Two enclosures of one value meet, but for a domain that is empty.
+        low = torch.maximum(low, linear[source][0])
+        high = torch.maximum(torch.minimum(high, linear[source][1]), low)
+    low, high = found.lower[source], found.upper[source] = assumed.cut(k, low, high)
+    tight = Intervals(node.function, low, high)
+    found.lines[i] = assumed.lines(k, linear[source], tight, center)
+    return *tight.deviation(torch.zeros_like(low)), node.function(center)
 
 
 def _linear(partial: Propagation, node: int) -> tuple[Tensor, Tensor]:
     """Range of a node's values by linear propagation alone."""
-    size = partial.network.sizes[node]
-    if size > _LARGEST or isinstance(partial.network.nodes[node], Input):
+    size, known = partial.network.sizes[node], partial.network.nodes[node]
+    # An affine map of a box has the same range either way.
+    direct = isinstance(known, Affine) and known.source == 0 and not bool(partial.regions.radius.isfinite().any())
+    if size > _LARGEST or direct or isinstance(known, Input):
         return partial.lower[node], partial.upper[node]
     eye = torch.eye(size, dtype=torch.float64, device=partial.regions.lower.device)
     both = partial.largest(node, torch.cat([eye, -eye])[None])
@@ -248,15 +285,28 @@ def _linear(partial: Propagation, node: int) -> tuple[Tensor, Tensor]:
     return low, torch.maximum(low, high)
 
 
-def _affine(operator: Operator, lower: Tensor, upper: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Range of operator v + bias for lower <= v <= upper."""
+def _affine(v: Value, operator: Operator, bias: Tensor | None, masses: dict[int, Tensor], i: int) -> Value:
+    """Values of operator v + bias, the affine node i, whose mass is kept."""
+    lower, upper, center = v
     middle = (lower + upper) / 2
+    # The differences round by u of themselves.
     half = torch.maximum(upper - middle, middle - lower) * (1 + 4 * UNIT)
     magnitude = operator.abs()
-    value, mass = operator(middle), magnitude(middle.abs())
+    value, mass, center = operator(middle), magnitude(middle.abs()), operator(center)
+    masses[i] = magnitude(torch.maximum(lower.abs(), upper.abs()))
     if bias is not None:
-        value, mass = value + bias, mass + bias.abs()
+        value, mass, center, masses[i] = value + bias, mass + bias.abs(), center + bias, masses[i] + bias.abs()
     k = gamma(operator.shape[1] + 8)
     reach = magnitude(half)
+    # Sums of products, in the middle and in the radius; products below the normal range lose less than TINY each.
     radius = reach + 2 * k * (reach + mass) + operator.shape[1] * TINY
-    return value - radius, value + radius
+    return value - radius, value + radius, center
+
+
+def _total(parts: Sequence[Value]) -> Value:
+    """Values of a sum of nodes."""
+    low, high, middle = (torch.stack(side).sum(0) for side in zip(*parts, strict=True))
+    # A sum of as many terms as there are parts, at each end.
+    size = torch.stack([torch.maximum(lower.abs(), upper.abs()) for lower, upper, _ in parts]).sum(0)
+    slack = gamma(len(parts) + 2) * size
+    return low - slack, high + slack, middle

@@ -2,7 +2,8 @@
 
 For every slope s, phi(p) - s p <= max over the interval gives an upper line of slope s, and its minimum a lower one. The
 slopes are chosen so that a smaller interval around the same centre gives lines at least as near: the chord, where it
-lies on that side of the function, and else the slope at the centre, which does not depend on the interval.
+lies on that side of the function, and else the slope at the centre, which does not depend on the interval. Where a phase
+is known the slope is the piece's, and both lines are the piece itself, but for rounding.
 """
 
 from __future__ import annotations
@@ -29,52 +30,61 @@ class Lines:
     high_height: Tensor
 
 
-def relax(function: Elementwise, lower: Tensor, upper: Tensor, center: Tensor) -> Lines:
-    """Lines around phi on [lower, upper], entry by entry.
+class Intervals:
+    """phi on intervals [lower, upper], lower <= upper, (K, size): at the ends and at the breaks or equidistant points between."""
 
-    Args:
-        function: phi.
-        lower, upper: ends, (K, size), lower <= upper.
-        center: a point inside; any will do for the proof.
-    """
-    points = torch.stack(_grid(function, lower, upper))
-    values = function(points)
-    low, high = function.slope_range(center, center)
-    tangent = (low + high) / 2
-    width = upper - lower
-    chord = torch.where(width > 0, (values[-1] - values[0]) / width.clamp_min(1e-300), tangent)
-    offset = values - values[0] - chord * (points - points[0])
-    # A guess decides which slope is taken; the heights below are proved for whatever was taken.
-    near = 1e-9 * (values[-1] - values[0]).abs()
-    high_slope = torch.where((offset <= near).all(0), chord, tangent)
-    low_slope = torch.where((offset >= -near).all(0), chord, tangent)
-    return Lines(
-        low_slope, deviation(function, low_slope, lower, upper)[0], high_slope, deviation(function, high_slope, lower, upper)[1]
-    )
+    def __init__(self, function: Elementwise, lower: Tensor, upper: Tensor) -> None:
+        if isinstance(function, PiecewiseLinear):
+            inner = [torch.minimum(torch.maximum(b, lower), upper) for b in function.breaks.to(lower)]
+        else:
+            step = (upper - lower) / _PIECES
+            inner = [torch.minimum(lower + step * k, upper) for k in range(1, _PIECES)]
+        self.function, self.points = function, torch.stack([lower, *inner, upper])
+        self.values, self.rounding = function(self.points), function.rounding(self.points)
 
-
-def deviation(function: Elementwise, slope: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """Enclosure of the range of phi(p) - slope p over [lower, upper], entry by entry, rounding included."""
-    points = _grid(function, lower, upper)
-    values, slack = [], []
-    for p in points:
-        value = function(p)
-        values.append(value - slope * p)
-        slack.append(function.rounding(p) + 4 * UNIT * (value.abs() + (slope * p).abs()))
-    error = torch.stack(slack).amax(0)
-    if isinstance(function, PiecewiseLinear):
-        # Linear between the ends and the breaks: the extremes are among these values.
-        found = torch.stack(values)
-        return found.amin(0) - error, found.amax(0) + error
-    low, high = values[0], values[0]
-    for left, right, first, last in zip(points, points[1:], values, values[1:], strict=False):
-        a, b = function.slope_range(left, right)
+    def deviation(self, slope: Tensor) -> tuple[Tensor, Tensor]:
+        """Enclosure of the range of phi(p) - slope p on each interval."""
+        function, points, values = self.function, self.points, self.values
+        line = slope * points
+        found = values - line
+        # phi rounds as it says; slope p and the difference round by u of themselves each.
+        error = (self.rounding + 4 * UNIT * (values.abs() + line.abs())).amax(0)
+        if isinstance(function, PiecewiseLinear):
+            # Linear between the ends and the breaks: the extremes are among these values.
+            return found.amin(0) - error, found.amax(0) + error
+        a, b = function.slope_range(points[:-1], points[1:])
         a, b = a - slope, b - slope
-        h = (right - left) * (1 + 2 * UNIT)
+        # The length of an interval rounds by u of itself.
+        h = (points[1:] - points[:-1]) * (1 + 2 * UNIT)
+        first, last = found[:-1], found[1:]
+        # Six roundings of `_peak`, each of at most the sizes that are added there.
         rounded = 16 * UNIT * (first.abs() + last.abs() + h * torch.maximum(a.abs(), b.abs()))
-        high = torch.maximum(high, _peak(first, last, a, b, h) + rounded)
-        low = torch.minimum(low, -_peak(-first, -last, -b, -a, h) - rounded)
-    return low - error, high + error
+        high, low = _peak(first, last, a, b, h) + rounded, -_peak(-first, -last, -b, -a, h) - rounded
+        return low.amin(0) - error, high.amax(0) + error
+
+    def lines(self, center: Tensor, slopes: Tensor | None = None) -> Lines:
+        """Lines around phi on each interval.
+
+        Args:
+            center: a point inside; any will do for the proof.
+            slopes: of both lines where they are given, nan elsewhere; any will do for the proof.
+        """
+        if slopes is not None and not bool(slopes.isnan().any()):
+            low, high = self.deviation(slopes)
+            return Lines(slopes, low, slopes, high)
+        points, values = self.points, self.values
+        low, high = self.function.slope_range(center, center)
+        tangent = (low + high) / 2
+        width = points[-1] - points[0]
+        chord = torch.where(width > 0, (values[-1] - values[0]) / width.clamp_min(1e-300), tangent)
+        offset = values - values[0] - chord * (points - points[0])
+        # A guess decides which slope is taken; the heights below are proved for whatever was taken.
+        near = 1e-9 * (values[-1] - values[0]).abs()
+        high_slope = torch.where((offset <= near).all(0), chord, tangent)
+        low_slope = torch.where((offset >= -near).all(0), chord, tangent)
+        if slopes is not None:
+            low_slope, high_slope = (torch.where(slopes.isnan(), s, slopes) for s in (low_slope, high_slope))
+        return Lines(low_slope, self.deviation(low_slope)[0], high_slope, self.deviation(high_slope)[1])
 
 
 def _peak(first: Tensor, last: Tensor, a: Tensor, b: Tensor, h: Tensor) -> Tensor:
@@ -85,12 +95,3 @@ def _peak(first: Tensor, last: Tensor, a: Tensor, b: Tensor, h: Tensor) -> Tenso
     share = b.clamp_min(0) / (b.clamp_min(0) - a.clamp_max(0)).clamp_min(1e-300)
     inside = first + share * (last - first) + h * share * -a.clamp_max(0)
     return torch.where((a < 0) & (b > 0), inside, torch.maximum(first, last))
-
-
-def _grid(function: Elementwise, lower: Tensor, upper: Tensor) -> list[Tensor]:
-    """Points from lower to upper, in order: the ends, and the breaks or equidistant points between."""
-    if isinstance(function, PiecewiseLinear):
-        breaks = function.breaks.to(lower)
-        return [lower, *(torch.minimum(torch.maximum(b, lower), upper) for b in breaks), upper]
-    step = (upper - lower) / _PIECES
-    return [lower, *(torch.minimum(lower + step * k, upper) for k in range(1, _PIECES)), upper]

@@ -12,11 +12,12 @@ from lipguard.certificate import Domain, Leaf, Partition
 from lipguard.errors import NotCertified
 from lipguard.network import Network
 from lipguard.outward import show_upper
-from lipguard.rounding import gamma, prove_positive_definite, up
+from lipguard.rounding import down, up
+from lipguard.verify.domain.jacobians import magnitude_norms
+from lipguard.verify.domain.localized import Reduced, proves
 from lipguard.verify.phases.flat import is_flat
 from lipguard.verify.phases.phase_form import PhaseForm, phase_form
-from lipguard.verify.phases.phases import propagate, refutes
-from lipguard.verify.phases.substitution import Reduced, compact, reduce
+from lipguard.verify.phases.phases import imply, reduce, refutes
 
 _CHUNK = 256
 
@@ -75,7 +76,7 @@ def covers(phases: Tensor, pieces: int) -> bool:
 
 def _chunk(form: PhaseForm, leaves: tuple[Leaf, ...], claim: float, norm: tuple[float, float]) -> float:
     phases = torch.stack([leaf.phases for leaf in leaves]).long()
-    ranges = propagate(form, phases, torch.tensor([leaf.part for leaf in leaves]))
+    ranges = imply(form, phases, torch.tensor([leaf.part for leaf in leaves]))
     n = form.neurons
     claimed = torch.tensor([leaf.empty for leaf in leaves])
     farkas = torch.stack([torch.zeros(n, dtype=torch.float64) if leaf.farkas is None else leaf.farkas for leaf in leaves])
@@ -114,36 +115,10 @@ def _chunk(form: PhaseForm, leaves: tuple[Leaf, ...], claim: float, norm: tuple[
 
 
 def semidefinite(form: PhaseForm, reduced: Reduced, t: Tensor, value: float) -> Tensor:
-    """Whether value^2 E + 2T - TQ - Q'T - Y'Y >= 0 over (u, x) is proved, leaf by leaf."""
-    index, present, q, q_mass, y, y_mass = compact(reduced, form.tangent)
-    f, total = index.shape[1], q.shape[2] if index.shape[1] else y.shape[2]
-    t = torch.where(present, t.gather(1, index).clamp_min(0), torch.zeros_like(index, dtype=torch.float64))
-    t = torch.where(t.isfinite(), t, torch.zeros_like(t))
-    rho = value * value
-    z = -(y.mT @ y)
-    if f:
-        coupling = t[:, :, None] * q
-        z[:, :f] -= coupling
-        z[:, :, :f] -= coupling.mT
-    diagonal = z.diagonal(dim1=-2, dim2=-1)
-    # A place without a neuron gets a one: it is decoupled.
-    diagonal[:, :f] += torch.where(present, 2 * t, torch.ones_like(t))
-    diagonal[:, f:] += rho
-    error = gamma(y.shape[1] + 32) + 4 * reduced.error
-
-    def radius(v: Tensor) -> Tensor:
-        column = v[:, :, None]
-        out = y_mass.mT @ (y_mass @ column)
-        if f:
-            out = out + q_mass.mT @ (t[:, :, None] * column[:, :f])
-            out[:, :f] += t[:, :, None] * (q_mass @ column)
-        out = out[:, :, 0]
-        out[:, :f] += torch.where(present, 2 * t, torch.ones_like(t)) * v[:, :f]
-        out[:, f:] += rho * v[:, f:]
-        return error * out * (1 + gamma(8 * total))
-
-    # rho = value^2 is rounded: one unit, far below `error` of the diagonal.
-    return prove_positive_definite(z, radius)
+    """Whether `value` is proved to bound the constant from 2-norm to 2-norm over each leaf, by multipliers (K, n)."""
+    maps = reduced.maps(form.inputs)
+    # value^2 is rounded: down by a unit it is a square that `value` covers.
+    return proves(maps, t.gather(1, maps.index), t.new_full((len(t),), down(value * value)))
 
 
 def interval_norms(form: PhaseForm, reduced: Reduced, norm: tuple[float, float]) -> Tensor:
@@ -154,37 +129,6 @@ def interval_norms(form: PhaseForm, reduced: Reduced, norm: tuple[float, float])
     Raises:
         NotCertified: another pair of norms.
     """
-    p, q = norm
-    if p != 1 and q != math.inf:
+    if norm[0] != 1 and norm[1] != math.inf:
         raise NotCertified(f"a partition proves bounds for the norms (2, 2), (1, q) and (p, inf), not {norm}.")
-    magnitude = jacobian_magnitude(form, reduced)
-    k = magnitude.shape[1] + magnitude.shape[2]
-    grow = 1 + 8 * gamma(k + 8)
-    if p == 1:
-        return torch.linalg.vector_norm(magnitude, q, dim=1).amax(1) * grow
-    dual = 1.0 if p == math.inf else 2.0
-    return torch.linalg.vector_norm(magnitude, dual, dim=2).amax(1) * grow
-
-
-def jacobian_magnitude(form: PhaseForm, reduced: Reduced) -> Tensor:
-    """Entrywise upper bound of |J| over all slopes of the free neurons, (K, m, d)."""
-    n = form.neurons
-    inputs = n + form.tangent.nonzero()[:, 0]
-    center, radius = (torch.zeros(*reduced.p.shape[:2], len(inputs), dtype=torch.float64) for _ in range(2))
-
-    def rows(direct: Tensor, mass: Tensor, until: int) -> tuple[Tensor, Tensor]:
-        """J of rows over (u, x), u_j = s p_j with s in [0, 1], in terms of the rows before."""
-        mid = direct[:, :, inputs].clone()
-        rad = reduced.error * mass[:, :, inputs]
-        for here in form.layers[:until]:
-            block = direct[:, :, here]
-            # s = 1/2 +- 1/2.
-            mid += block @ center[:, here] / 2
-            rad += block.abs() @ (radius[:, here] + center[:, here].abs() / 2)
-            rad += reduced.error * (mass[:, :, here] @ (center[:, here].abs() + radius[:, here]))
-        return mid, rad
-
-    for index, here in enumerate(form.layers):
-        center[:, here], radius[:, here] = rows(reduced.p[:, here], reduced.p_mass[:, here], index)
-    mid, rad = rows(reduced.y, reduced.y_mass, len(form.layers))
-    return (mid.abs() + rad) * (1 + 64 * form.error)
+    return magnitude_norms(reduced.maps(form.inputs).jacobian_magnitude(), norm)

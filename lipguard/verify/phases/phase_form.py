@@ -9,20 +9,23 @@ and on every domain around 0.
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lipguard.certificate import Ball, Domain
 from lipguard.errors import UnsupportedQuery
-from lipguard.network import Activation, Affine, Implicit, Input, Network, Sum
+from lipguard.network import Activation, Affine, Coupled, Dense, Implicit, Index, Input, Network, Node, Sum
 from lipguard.network.activations import PiecewiseLinear
-from lipguard.rounding import gamma
+from lipguard.verify.domain.ranges import Regions
 from lipguard.verify.enclosed import Enclosed
-from lipguard.verify.lmi.form import feedback_form
+from lipguard.verify.lmi.form import Form, feedback_form
 from lipguard.verify.rewriting import neurons_only
 
 _DIRECTIONS = 32
@@ -31,16 +34,16 @@ _DIRECTIONS = 32
 
 @dataclass(frozen=True, eq=False)
 class PhaseForm:
-    """A piecewise-linear network over (w, x), with its domain, all entries enclosed.
+    """A piecewise-linear network over (w, x), with its domain.
 
     Attributes:
-        q: pre-activations p = q (w, x) + bias, (n, n + d).
-        y: outputs, (m, n + d), without their constant.
-        bias: (n,).
-        error: relative rounding error of q, y and bias and of any sum over them.
+        network: of neurons alone, on the CPU; where directions need it with a further input, that the biases multiply.
+        form: pre-activations p = Q (w, x) + bias and outputs Y (w, x), without their constant, enclosed.
+        bias: (n,), enclosed.
         layers: neurons of each activation node.
+        functions: of each activation node.
         breaks: (K - 1, n), pieces beyond a neuron's last repeat it behind an infinite break.
-        pieces, heights: slope and offset of each piece, (K, n): phi(p) = slope p + height.
+        pieces, heights: slope and offset of each piece, (K, n): phi(p) = slope p + height, the height in floating point.
         lower, upper: boxes that together cover the inputs, (P, d); one, or the facets of the box of directions.
         center, radius, ball_norm: the ball they lie in as well; radius inf if none.
         tangent: the inputs a direction may have, those of the network itself: (d,) of 0 and 1.
@@ -49,28 +52,64 @@ class PhaseForm:
         exact: whether q, bias, breaks, pieces and values are the network's own numbers, without any rounding.
     """
 
-    q: Tensor
-    y: Tensor
-    bias: Tensor
-    error: float
+    network: Network
+    form: Form
+    enclosed_bias: Enclosed
     layers: tuple[slice, ...]
+    functions: tuple[PiecewiseLinear, ...]
     breaks: Tensor
     pieces: Tensor
     heights: Tensor
+    values: Tensor
     lower: Tensor
     upper: Tensor
     center: Tensor
     radius: float
     ball_norm: float
     tangent: Tensor
-    values: Tensor
     directions: bool
-    exact: bool
 
     @property
     def neurons(self) -> int:
         """n."""
-        return self.q.shape[0]
+        return self.form.neurons
+
+    @cached_property
+    def q(self) -> Tensor:
+        """Q in floating point, (n, n + d)."""
+        return self.form.q.center
+
+    @cached_property
+    def y(self) -> Tensor:
+        """Y in floating point, (m, n + d)."""
+        return self.form.y.center
+
+    @property
+    def bias(self) -> Tensor:
+        """The bias in floating point, (n,)."""
+        return self.enclosed_bias.center
+
+    @cached_property
+    def hidden(self) -> Network:
+        """The network up to its last neurons: all that has a part in the phases."""
+        return Network(self.network.nodes[: self.network.activations[-1] + 1] if self.layers else self.network.nodes[:1])
+
+    @cached_property
+    def inputs(self) -> Tensor | None:
+        """The inputs that a direction may have; None for all."""
+        return None if bool(self.tangent.all()) else self.tangent.nonzero()[:, 0]
+
+    @cached_property
+    def exact(self) -> bool:
+        """Whether nothing was computed: q, bias, breaks, pieces and values are the network's numbers."""
+        return self.form.q.exact and self.enclosed_bias.exact and not any(f.rounded for f in self.functions)
+
+    def regions(self, lower: Tensor, upper: Tensor) -> Regions:
+        """Boxes (K, d) within the form's ball."""
+        around = math.isfinite(self.radius)
+        center = self.center.expand_as(lower) if around else (lower + upper) / 2
+        radius = torch.full_like(lower[:, 0], self.radius)
+        return Regions(lower, upper, center, radius, torch.full_like(radius, self.ball_norm))
 
 
 def phase_form(network: Network, domain: Domain | None) -> PhaseForm:
@@ -82,78 +121,67 @@ def phase_form(network: Network, domain: Domain | None) -> PhaseForm:
     """
     if any(isinstance(node, Implicit) for node in network.nodes):
         raise UnsupportedQuery("an implicit layer has no phases that its input alone decides.")
-    given, network = network, neurons_only(network)
-    form = feedback_form(network, precise=network is not given)
-    n, d = form.neurons, network.inputs
-    bias, spread = _offsets(network)
-    functions, sizes = [], []
-    for i in network.activations:
-        node = network.nodes[i]
-        assert isinstance(node, Activation)
-        if not isinstance(node.function, PiecewiseLinear):
-            raise UnsupportedQuery(
-                f"{node.name or f'node {i}'} ({node.function.name}) is not piecewise linear: it has no phases."
-            )
-        functions.append(node.function)
-        sizes.append(network.sizes[i])
-    count = max((len(f.pieces) for f in functions), default=1)
-    breaks = torch.full((count - 1, n), math.inf, dtype=torch.float64)
-    pieces, heights = torch.zeros(count, n, dtype=torch.float64), torch.zeros(count, n, dtype=torch.float64)
-    values = torch.zeros(n, dtype=torch.float64)
-    start, layers = 0, []
-    for function, size in zip(functions, sizes, strict=True):
-        here = slice(start, start + size)
-        layers.append(here)
-        start += size
-        k = len(function.pieces)
-        breaks[: k - 1, here] = function.breaks.cpu().reshape(k - 1, -1).expand(-1, size)
-        pieces[:, here] = function.pieces[-1].cpu().expand(size)
-        pieces[:k, here] = function.pieces.cpu().reshape(k, -1).expand(-1, size)
-        # The constant of each piece from the value at the first break; the loop's few roundings are in `error`.
-        values[here] = value = function.value.cpu().expand(size)
-        height = value - pieces[0, here] * breaks[0, here]
-        heights[0, here] = height
-        for j in range(1, count):
-            at = breaks[j - 1, here]
-            step = torch.where(at.isfinite(), (pieces[j - 1, here] - pieces[j, here]) * at, torch.zeros_like(at))
-            height = height + step
-            heights[j, here] = height
-    q, y, bias = form.q.center.cpu(), form.y.center.cpu(), bias.cpu()
-    exact = (form.q.radius is None or not bool(form.q.radius.any())) and spread is None and not any(f.rounded for f in functions)
+    precise = any(isinstance(node, Coupled) for node in network.nodes)
+    network = _on_cpu(neurons_only(network))
+    d = network.inputs
+    functions = tuple(_function(network, i) for i in network.activations)
+    layers, breaks, pieces, heights, values = _tables(functions, [network.sizes[i] for i in network.activations])
+    bias = _offsets(network)
     conic = not bool(((breaks != 0) & breaks.isfinite()).any()) and not bool(heights.any())
-    homogeneous = conic and spread is None and not bool(bias.any())
-    center, radius, ball_norm = torch.zeros(d, dtype=torch.float64), math.inf, math.inf
-    tangent = torch.ones(d, dtype=torch.float64)
+    homogeneous = conic and not bool(bias.magnitude().any())
     directions = domain is None or (homogeneous and d <= _DIRECTIONS and _around_zero(domain, d))
     if domain is None and not conic:
         raise UnsupportedQuery("on all of R^d the branching needs break points at 0 (ReLU, LeakyReLU, PReLU). Give a domain.")
+    tangent, center = torch.ones(d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64)
+    radius, ball_norm = math.inf, math.inf
     if directions and homogeneous:
         lower, upper = _facets(d)
     elif domain is None:
-        q = torch.cat([q, bias[:, None]], 1)
-        y = torch.cat([y, torch.zeros(len(y), 1, dtype=torch.float64)], 1)
+        network, bias = _homogeneous(network), Enclosed(torch.zeros_like(bias.center))
         lower, upper = _facets(d + 1)
         # The bias input lies in [0, 1]: of its two facets only the one at 1 is left.
         lower, upper = lower[:-1], upper[:-1]
         lower[:-1, -1] = 0.0
-        bias, spread = torch.zeros(n, dtype=torch.float64), None if spread is None else torch.zeros_like(spread)
-        center = torch.zeros(d + 1, dtype=torch.float64)
-        tangent = torch.cat([tangent, torch.zeros(1, dtype=torch.float64)])
+        center, tangent = torch.zeros(d + 1, dtype=torch.float64), torch.cat([tangent, torch.zeros(1, dtype=torch.float64)])
     else:
-        assert domain is not None
         lower, upper = (end[None] for end in domain.bounds(d))
         if isinstance(domain, Ball):
             center, radius, ball_norm = domain.checked_center(d), float(domain.radius), float(domain.norm)
-    # Entries that were themselves computed (composed affine maps) carry a radius: as a relative error it joins the
-    # rounding of the sums. A heavy cancellation makes it large, which is sound and shows in the result.
-    relative = max(
-        (_relative(e) for e in (form.q, form.y, Enclosed(bias, None if spread is None else spread.cpu()))), default=0.0
-    )
-    error = gamma(4 * (len(layers) + 2) * (n + q.shape[1] + 16)) + 2 * relative * (len(layers) + 2)
     return PhaseForm(
-        q, y, bias, error, tuple(layers), breaks, pieces, heights, lower, upper, center, radius, ball_norm, tangent, values,
-        directions, exact,
+        network, feedback_form(network, precise), bias, layers, functions, breaks, pieces, heights, values, lower, upper,
+        center, radius, ball_norm, tangent, directions,
     )  # fmt: skip
+
+
+def _function(network: Network, i: int) -> PiecewiseLinear:
+    node = network.nodes[i]
+    assert isinstance(node, Activation)
+    if not isinstance(node.function, PiecewiseLinear):
+        raise UnsupportedQuery(f"{node.name or f'node {i}'} ({node.function.name}) is not piecewise linear: it has no phases.")
+    return node.function
+
+
+def _tables(
+    functions: Sequence[PiecewiseLinear], sizes: Sequence[int]
+) -> tuple[tuple[slice, ...], Tensor, Tensor, Tensor, Tensor]:
+    """Places of the layers; breaks, slopes and heights of the pieces of every neuron, and phi at its first break."""
+    n, count = sum(sizes), max((len(f.pieces) for f in functions), default=1)
+    breaks = torch.full((count - 1, n), math.inf, dtype=torch.float64)
+    pieces, heights = torch.zeros(count, n, dtype=torch.float64), torch.zeros(count, n, dtype=torch.float64)
+    values = torch.zeros(n, dtype=torch.float64)
+    layers = tuple(slice(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True))
+    for function, here in zip(functions, layers, strict=True):
+        k, size = len(function.pieces), here.stop - here.start
+        breaks[: k - 1, here] = function.breaks.reshape(k - 1, -1).expand(-1, size)
+        pieces[:, here] = function.pieces[-1].expand(size)
+        pieces[:k, here] = function.pieces.reshape(k, -1).expand(-1, size)
+        values[here] = function.value.expand(size)
+        heights[0, here] = values[here] - pieces[0, here] * breaks[0, here]
+        for j in range(1, count):
+            at = breaks[j - 1, here]
+            step = torch.where(at.isfinite(), (pieces[j - 1, here] - pieces[j, here]) * at, torch.zeros_like(at))
+            heights[j, here] = heights[j - 1, here] + step
+    return layers, breaks, pieces, heights, values
 
 
 def _facets(d: int) -> tuple[Tensor, Tensor]:
@@ -175,44 +203,55 @@ def _around_zero(domain: Domain, d: int) -> bool:
     return radius > (sum(center) if domain.norm == 1 else max(center))
 
 
-def _relative(e: Enclosed) -> float:
-    if e.radius is None or not bool(e.radius.any()):
-        return 0.0
-    present = e.radius > 0
-    return float((e.radius[present] / e.center.abs()[present].clamp_min(1e-300)).max())
+def _offsets(network: Network) -> Enclosed:
+    """Pre-activations at x = 0, w = 0."""
+    zeros = [Enclosed(torch.zeros(size, dtype=torch.float64)) for size in network.sizes]
+    values, found = zeros[:1], [Enclosed(torch.zeros(0, dtype=torch.float64))]
+    for i, node in enumerate(network.nodes[1:], 1):
+        read = [values[s] for s in node.sources]
+        if i in network.activations:
+            found.append(read[0])
+            values.append(zeros[i])
+        else:
+            values.append(node.linear(read, lambda v, operator, bias: v.through(operator, bias), Enclosed.sum))
+    return Enclosed.cat(found, -1)
 
 
-def _offsets(network: Network) -> tuple[Tensor, Tensor | None]:
-    """Pre-activations at x = 0, w = 0, and a bound of their rounding (None: exact)."""
-    values: list[tuple[Tensor, Tensor, bool]] = []
-    found: list[tuple[Tensor, Tensor]] = []
-    options = {"dtype": torch.float64, "device": network.device}
-    for i, node in enumerate(network.nodes):
-        match node:
-            case Input():
-                zero = torch.zeros(node.size, **options)
-                values.append((zero, zero, True))
-            case Affine():
-                value, spread, exact = values[node.source]
-                bias = torch.zeros(node.operator.shape[0], **options) if node.bias is None else node.bias
-                if exact:
-                    values.append((bias, torch.zeros_like(bias), not bool(bias.any())))
-                    continue
-                k = gamma(node.operator.shape[1] + 4)
-                magnitude = node.operator.abs()
-                error = (magnitude(spread) + k * (magnitude(value.abs()) + bias.abs())) * (1 + 8 * k)
-                values.append((node.operator(value) + bias, error, False))
-            case Activation():
-                found.append(values[node.source][:2])
-                zero = torch.zeros(network.sizes[i], **options)
-                values.append((zero, zero, True))
-            case Sum():
-                parts = [values[s] for s in node.sources]
-                mass = torch.stack([v.abs() for v, _, _ in parts]).sum(0)
-                # A sum with at most one term that is not zero is exact.
-                several = torch.stack([v != 0 for v, _, _ in parts]).sum(0) > 1
-                error = torch.stack([e for _, e, _ in parts]).sum(0) + gamma(len(parts) + 2) * mass * several
-                values.append((torch.stack([v for v, _, _ in parts]).sum(0), error, all(e for _, _, e in parts)))
-    empty = torch.zeros(0, **options)
-    bias, spread = torch.cat([empty, *(v for v, _ in found)]), torch.cat([empty, *(e for _, e in found)])
-    return bias, spread if bool(spread.any()) else None
+def _homogeneous(network: Network) -> Network:
+    """The network with a further input, the last, by which every bias is multiplied: the same numbers, nothing rounds."""
+    d = network.inputs
+    nodes: list[Node] = [Input(d + 1), Affine(0, Index(torch.arange(d), d + 1))]
+    place = [1]
+    for node in network.nodes[1:]:
+        if not isinstance(node, Affine) or (node.bias is None and node.source):
+            nodes.append(node.moved(lambda i: place[i]))
+        else:
+            size = node.operator.shape[0]
+            bias = torch.zeros(size, dtype=torch.float64) if node.bias is None else node.bias
+            if node.source:
+                first, weight = place[node.source], torch.zeros(size, d, dtype=torch.float64)
+                nodes.append(Affine(first, node.operator))
+            else:
+                weight = node.operator.dense()
+            nodes.append(Affine(0, Dense(torch.cat([weight, bias[:, None]], 1))))
+            if node.source:
+                nodes.append(Sum((len(nodes) - 2, len(nodes) - 1)))
+        place.append(len(nodes) - 1)
+    return Network(tuple(nodes))
+
+
+def _on_cpu(network: Network) -> Network:
+    """The network of affine maps, sums and piecewise-linear functions with its numbers on the CPU."""
+    if network.device.type == "cpu":
+        return network
+    nodes: list[Node] = []
+    for node in network.nodes:
+        if isinstance(node, Affine):
+            own = {f.name: getattr(node.operator, f.name) for f in fields(node.operator)}  # type: ignore[arg-type]
+            operator = replace(node.operator, **{k: v.cpu() for k, v in own.items() if isinstance(v, Tensor)})  # type: ignore[type-var]
+            node = replace(node, operator=operator, bias=None if node.bias is None else node.bias.cpu())
+        elif isinstance(node, Activation) and isinstance(node.function, PiecewiseLinear):
+            f = node.function
+            node = replace(node, function=PiecewiseLinear(f.name, f.breaks.cpu(), f.pieces.cpu(), f.value.cpu(), f.rounded))
+        nodes.append(node)
+    return Network(tuple(nodes))

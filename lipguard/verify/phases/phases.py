@@ -1,28 +1,29 @@
 """What fixed phases imply: rigorous ranges of pre-activations, empty regions, slopes; for many assignments at once.
 
-A phase is the index of the linear piece a neuron stays in, -1 where it is free. Under an assignment every neuron's
-output lies between two lines in its pre-activation: the same line for a fixed neuron, a relaxation over its range for
-a free one. Substituting backwards, layer by layer, gives linear functions of the input, whose extremes over the domain
-are known in closed form (Zhang et al. 2018, CROWN; Singh et al. 2019, DeepPoly). Each extreme is widened by the
-rounding of the whole substitution: `PhaseForm.error` times the same expression in absolute values.
+A phase is the index of the linear piece a neuron stays in, -1 where it is free. An assignment is assumed while the ranges are
+propagated (`verify.domain.ranges`): every pre-activation's range is cut to the neuron's piece, and the neuron's two lines are
+the piece itself. What is found holds at all inputs with these phases.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lipguard.rounding import UNIT
+from lipguard.rounding import UNIT, gamma
+from lipguard.verify.domain.localized import Reduced, reduced
+from lipguard.verify.domain.ranges import Assumed, Ends, propagate
+from lipguard.verify.domain.relaxation import Intervals, Lines
 from lipguard.verify.phases.phase_form import PhaseForm
 
 _SWEEPS = 2
 
 
 @dataclass(frozen=True, eq=False)
-class Ranges:
+class Implied:
     """What K assignments imply.
 
     Attributes:
@@ -39,13 +40,44 @@ class Ranges:
     x_lower: Tensor
     x_upper: Tensor
 
-    def pick(self, which: Tensor) -> Ranges:
+    def pick(self, which: Tensor) -> Implied:
         """Those of the chosen assignments."""
         fields = (self.lower, self.upper, self.empty, self.phases, self.x_lower, self.x_upper)
-        return Ranges(*(f[which] for f in fields))
+        return Implied(*(f[which] for f in fields))
 
 
-def propagate(form: PhaseForm, phases: Tensor, parts: Tensor) -> Ranges:
+class _Phases(Assumed):
+    """Neurons that keep to their phases; where their ranges are known, these are not looked for again.
+
+    Attributes:
+        found: what the phases imply, layer by layer.
+        slopes: of the lines of free neurons, (K, n); None for those that are chosen by the range.
+    """
+
+    def __init__(self, form: PhaseForm, found: Implied, slopes: Tensor | None = None) -> None:
+        self.form, self.found, self.slopes, self.searched = form, found, slopes, slopes is None
+
+    def cut(self, k: int, low: Tensor, high: Tensor) -> Ends:
+        form, found, here = self.form, self.found, self.form.layers[k]
+        cut_low, cut_high = piece_ends(form, found.phases[:, here], here)
+        if not self.searched:
+            low, high = torch.maximum(low, found.lower[:, here]), torch.minimum(high, found.upper[:, here])
+        low, high = torch.maximum(low, cut_low), torch.minimum(high, cut_high)
+        found.empty.logical_or_((low > high).any(1))
+        high = torch.maximum(low, high)
+        if self.searched:
+            # A range inside one piece implies its phase.
+            inside = _piece_of(form, low, high, here)
+            found.phases[:, here] = torch.where(found.phases[:, here] < 0, inside, found.phases[:, here])
+            found.lower[:, here], found.upper[:, here] = low, high
+        return low, high
+
+    def lines(self, k: int, wide: Ends, tight: Intervals, center: Tensor) -> Lines:
+        del wide, center
+        return _lines(self.form, k, tight, self.found.phases, self.slopes)
+
+
+def imply(form: PhaseForm, phases: Tensor, parts: Tensor) -> Implied:
     """Ranges of all pre-activations under K assignments (K, n).
 
     Args:
@@ -54,28 +86,15 @@ def propagate(form: PhaseForm, phases: Tensor, parts: Tensor) -> Ranges:
         parts: the box each assignment lies in, (K,).
     """
     phases = phases.clone()
-    count, n = phases.shape
-    x_lower, x_upper = form.lower[parts], form.upper[parts]
-    lower, upper = (torch.zeros(count, n, dtype=torch.float64) for _ in range(2))
-    empty = torch.zeros(count, dtype=torch.bool)
-    lines = Lines.blank(count, n)
-    for index, here in enumerate(form.layers):
-        if index == 0:
-            _contract(form, phases, here, x_lower, x_upper, empty)
-        low, high = _extremes(form, form.q[here], form.bias[here], lines, index, x_lower, x_upper)
-        cut_low, cut_high = piece_ends(form, phases[:, here], here)
-        low, high = torch.maximum(low, cut_low), torch.minimum(high, cut_high)
-        empty |= (low > high).any(1)
-        high = torch.maximum(low, high)
-        # A range inside one piece implies its phase.
-        inside = _piece_of(form, low, high, here)
-        phases[:, here] = torch.where(phases[:, here] < 0, inside, phases[:, here])
-        lower[:, here], upper[:, here] = low, high
-        lines.fill(form, phases, here, low, high)
-    return Ranges(lower, upper, empty, phases, x_lower, x_upper)
+    lower, upper = (torch.zeros(phases.shape, dtype=torch.float64) for _ in range(2))
+    found = Implied(lower, upper, torch.zeros(len(phases), dtype=torch.bool), phases, form.lower[parts], form.upper[parts])
+    if form.layers:
+        _contract(form, phases, form.layers[0], found.x_lower, found.x_upper, found.empty)
+    propagate(form.hidden, form.regions(found.x_lower, found.x_upper), _Phases(form, found))
+    return found
 
 
-def refutes(form: PhaseForm, ranges: Ranges, farkas: Tensor) -> Tensor:
+def refutes(form: PhaseForm, implied: Implied, farkas: Tensor) -> Tensor:
     """Whether multipliers prove that no input has the phases: (K,) of bool.
 
     Every fixed phase demands p - low >= 0 or high - p >= 0 of its piece. A nonnegative combination whose largest value
@@ -83,70 +102,42 @@ def refutes(form: PhaseForm, ranges: Ranges, farkas: Tensor) -> Tensor:
     weights for fixed neurons (positive: the lower end's demand, negative: the upper end's), and the slope of the
     relaxing line for free ones.
     """
-    fixed = ranges.phases >= 0
-    count, n = farkas.shape
-    lines = Lines.blank(count, n)
-    for here in form.layers:
-        lines.fill(form, ranges.phases, here, ranges.lower[:, here], ranges.upper[:, here], farkas[:, here])
-    cut_low, cut_high = piece_ends(form, ranges.phases, slice(0, n))
-    weight = torch.where(fixed & farkas.isfinite(), farkas, torch.zeros_like(farkas))
+    if not form.layers:
+        return torch.zeros(len(farkas), dtype=torch.bool)
+    fixed = implied.phases >= 0
+    farkas = torch.where(farkas.isfinite(), farkas, torch.zeros_like(farkas))
+    known = _Phases(form, replace(implied, empty=implied.empty.clone()), farkas)
+    propagation = propagate(form.hidden, form.regions(implied.x_lower, implied.x_upper), known)
+    cut_low, cut_high = piece_ends(form, implied.phases, slice(0, form.neurons))
+    weight = torch.where(fixed, farkas, torch.zeros_like(farkas))
     end = torch.where(weight > 0, cut_low, cut_high)
-    weight = torch.where(end.isfinite(), weight, torch.zeros_like(weight))
-    constant = -(weight * torch.where(end.isfinite(), end, torch.zeros_like(end))).sum(1)
-    mass = (weight * torch.where(end.isfinite(), end, torch.zeros_like(end))).abs().sum(1) + weight.abs() @ form.bias.abs()
-    rows = (weight @ form.q)[:, None, :]
-    absolute = (weight.abs() @ form.q.abs())[:, None, :]
-    top = _extreme(form, rows, absolute, lines, len(form.layers), ranges.x_lower, ranges.x_upper)[:, 0]
-    return top + weight @ form.bias + constant + 4 * form.error * mass < 0
+    weight, end = (torch.where(end.isfinite(), v, torch.zeros_like(v)) for v in (weight, end))
+    sources = [form.network.nodes[i].sources[0] for i in form.network.activations]
+    top = propagation.largest_sum([(i, weight[:, None, here]) for i, here in zip(sources, form.layers, strict=True)])[:, 0]
+    level, mass = (weight * end).sum(1), (weight * end).abs().sum(1)
+    # The level is a sum of n products; the difference rounds once.
+    return known.found.empty | (top - level + gamma(form.neurons + 8) * mass + 4 * UNIT * (top.abs() + mass) < 0)
 
 
-@dataclass
-class Lines:
-    """Two lines around each neuron's output: low_slope p + low_height <= w <= high_slope p + high_height, (K, n) each."""
+def lines(form: PhaseForm, implied: Implied, slopes: Tensor | None = None) -> Lines:
+    """Lines around every neuron's output on its range, (K, n) each; `slopes` are those of free neurons, if given."""
+    parts = []
+    for k, (function, here) in enumerate(zip(form.functions, form.layers, strict=True)):
+        on = Intervals(function, implied.lower[:, here], implied.upper[:, here])
+        parts.append(_lines(form, k, on, implied.phases, slopes))
+    none = implied.lower[:, :0]
+    sides = ([none, *(getattr(part, name) for part in parts)] for name in Lines.__dataclass_fields__)
+    return Lines(*(torch.cat(side, 1) for side in sides))
 
-    low_slope: Tensor
-    low_height: Tensor
-    high_slope: Tensor
-    high_height: Tensor
 
-    @staticmethod
-    def blank(count: int, n: int) -> Lines:
-        """Lines to be filled layer by layer."""
-        return Lines(*(torch.zeros(count, n, dtype=torch.float64) for _ in range(4)))
-
-    def fill(self, form: PhaseForm, phases: Tensor, here: slice, low: Tensor, high: Tensor, slopes: Tensor | None = None) -> None:
-        """Lines of one layer over the ranges [low, high]; `slopes` are the free neurons' slopes on both sides, if given.
-
-        For any slope s, phi(p) - s p is piecewise linear: its extremes over a range are at the ends and the breaks.
-        """
-        phase = phases[:, here]
-        fixed = phase >= 0
-        slope, height = (pick(table[:, here], phase.clamp_min(0)) for table in (form.pieces, form.heights))
-        at = [low, high, *(torch.minimum(torch.maximum(b, low), high) for b in form.breaks[:, here])]
-        values = [_value(form, p, here) for p in at]
-        if slopes is None:
-            width = high - low
-            chord = torch.where(width > 0, (values[1] - values[0]) / width.clamp_min(1e-300), slope)
-            first, last = (
-                pick(form.pieces[:, here], _piece_index(form, low, here)),
-                pick(form.pieces[:, here], _piece_index(form, high, here)),
-            )
-            # The flatter error of the two end pieces; chord where the function bends the other way.
-            end = torch.where(high > -low, last, first)
-            up_slope, down_slope = torch.where(last >= first, chord, end), torch.where(last >= first, end, chord)
-        else:
-            up_slope = down_slope = slopes
-        up_slope, down_slope = (torch.nan_to_num(s, 0.0, 0.0, 0.0) for s in (up_slope, down_slope))
-        up = torch.stack([v - up_slope * p for v, p in zip(values, at, strict=True)]).amax(0)
-        down = torch.stack([v - down_slope * p for v, p in zip(values, at, strict=True)]).amin(0)
-        size = torch.stack(
-            [v.abs() + torch.maximum(up_slope.abs(), down_slope.abs()) * p.abs() for v, p in zip(values, at, strict=True)]
-        )
-        slack = 16 * UNIT * size.amax(0) + 8 * UNIT * form.heights[:, here].abs().amax(0)
-        self.high_slope[:, here] = torch.where(fixed, slope, up_slope)
-        self.high_height[:, here] = torch.where(fixed, height, up + slack)
-        self.low_slope[:, here] = torch.where(fixed, slope, down_slope)
-        self.low_height[:, here] = torch.where(fixed, height, down - slack)
+def _lines(form: PhaseForm, k: int, on: Intervals, phases: Tensor, slopes: Tensor | None) -> Lines:
+    """Lines of layer k: of a fixed neuron the slope is its piece's."""
+    low, high, here = on.points[0], on.points[-1], form.layers[k]
+    phase = phases[:, here]
+    free = torch.full_like(low, math.nan) if slopes is None else slopes[:, here]
+    slope = torch.where(phase >= 0, pick(form.pieces[:, here], phase.clamp_min(0)), free)
+    # A free neuron's lines are the chord and, on the other side, the end piece from which the function is less far.
+    return on.lines(torch.where(high > -low, high, low), slope)
 
 
 def piece_ends(form: PhaseForm, phases: Tensor, here: slice) -> tuple[Tensor, Tensor]:
@@ -159,40 +150,48 @@ def piece_ends(form: PhaseForm, phases: Tensor, here: slice) -> tuple[Tensor, Te
     return torch.where(free, -infinite, low), torch.where(free, infinite, high)
 
 
-def slope_ends(form: PhaseForm, ranges: Ranges) -> tuple[Tensor, Tensor]:
+def slope_ends(form: PhaseForm, implied: Implied) -> tuple[Tensor, Tensor]:
     """Smallest and largest slope of every neuron among the pieces its range meets, (K, n)."""
-    low, high = torch.full_like(ranges.lower, math.inf), torch.full_like(ranges.lower, -math.inf)
-    k = len(form.pieces)
-    for j in range(k):
-        meets = torch.ones_like(ranges.empty)[:, None].expand_as(low).clone()
-        if j > 0:
-            meets &= ranges.upper >= form.breaks[j - 1]
-        if j < k - 1:
-            meets &= ranges.lower <= form.breaks[j]
-        meets = torch.where(ranges.phases >= 0, ranges.phases == j, meets)
-        slope = form.pieces[j].expand_as(low)
-        low, high = torch.where(meets, torch.minimum(low, slope), low), torch.where(meets, torch.maximum(high, slope), high)
-    return low, high
+    alphas, betas = [implied.lower[:, :0]], [implied.lower[:, :0]]
+    for function, here in zip(form.functions, form.layers, strict=True):
+        phase = implied.phases[:, here]
+        own = pick(form.pieces[:, here], phase.clamp_min(0))
+        for found, end in zip((alphas, betas), function.slope_range(implied.lower[:, here], implied.upper[:, here]), strict=True):
+            # An empty region may have no slopes; any will do for what is never used.
+            found.append(torch.where((phase >= 0) | ~end.isfinite(), own, end))
+    return torch.cat(alphas, 1), torch.cat(betas, 1)
+
+
+def reduce(form: PhaseForm, implied: Implied) -> Reduced:
+    """The maps of the neurons that are still free; a neuron of a known phase has its piece's slope."""
+    alpha, beta = slope_ends(form, implied)
+    offset = torch.where(implied.phases >= 0, pick(form.heights, implied.phases.clamp_min(0)), torch.zeros_like(alpha))
+    return reduced(form.form, [here.stop - here.start for here in form.layers], alpha, beta, form.bias, offset)
 
 
 def _contract(form: PhaseForm, phases: Tensor, here: slice, x_lower: Tensor, x_upper: Tensor, empty: Tensor) -> None:
     """Shrink the input boxes by the demands of the first layer's fixed phases, one demand and one input at a time."""
     n = form.neurons
     cut_low, cut_high = piece_ends(form, phases[:, here], here)
-    rows, bias = form.q[here, n:], form.bias[here]
+    rows, bias = form.form.q[here, n:], form.enclosed_bias[here]
+    # What composed rows and biases are off by, over the boxes.
+    off = torch.maximum(x_lower.abs(), x_upper.abs()) @ rows.spread.T * (1 + 2 * gamma(n + rows.center.shape[1])) + bias.spread
+    error = gamma(rows.center.shape[1] + 16)
     for sign, cut in ((1.0, cut_low), (-1.0, -cut_high)):
         demanded = cut.isfinite()
         if not bool(demanded.any()):
             continue
-        a = sign * rows
+        a = sign * rows.center
         # a x + b >= cut: a_i x_i >= cut - b - sum_{k != i} max a_k x_k.
         for _ in range(_SWEEPS):
             best = torch.maximum(a * x_lower[:, None], a * x_upper[:, None])
             total = best.sum(2, keepdim=True)
-            size = best.abs().sum(2, keepdim=True) + bias.abs()[:, None] + cut.nan_to_num(0.0, 0.0, 0.0).abs()[:, :, None]
-            need = (cut - sign * bias)[:, :, None] - (total - best) - 4 * form.error * size
+            size = best.abs().sum(2, keepdim=True) + bias.center.abs()[:, None] + cut.nan_to_num(0.0, 0.0, 0.0).abs()[:, :, None]
+            # Sums of d + 3 terms, taken with their sizes; `off` is not rounded down by more than a share of itself.
+            need = (cut - sign * bias.center)[:, :, None] - (total - best) - 4 * error * size - 2 * off[:, :, None]
             bound = need / a
             ok = demanded[:, :, None] & (a.abs() > 0) & bound.isfinite()
+            # The quotient rounds once.
             bound = bound - torch.sign(a) * 4 * UNIT * bound.abs()
             x_lower.copy_(torch.maximum(x_lower, torch.where(ok & (a > 0), bound, -torch.inf).amax(1)))
             x_upper.copy_(torch.minimum(x_upper, torch.where(ok & (a < 0), bound, torch.inf).amin(1)))
@@ -201,67 +200,6 @@ def _contract(form: PhaseForm, phases: Tensor, here: slice, x_lower: Tensor, x_u
             # An empty box is left as a point so that later arithmetic stays finite.
             x_lower.copy_(torch.where(crossed[:, None], torch.minimum(x_lower, x_upper), x_lower))
             x_upper.copy_(torch.where(crossed[:, None], x_lower, x_upper))
-
-
-def _extremes(
-    form: PhaseForm, rows: Tensor, bias: Tensor, lines: Lines, index: int, x_lower: Tensor, x_upper: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value of rows (w, x) + bias under each assignment, (K, len(rows)) each."""
-    batch = rows.expand(len(x_lower), -1, -1)
-    absolute = batch.abs()
-    slack = 4 * form.error * bias.abs()
-    high = _extreme(form, batch, absolute, lines, index, x_lower, x_upper) + bias + slack
-    low = -_extreme(form, -batch, absolute, lines, index, x_lower, x_upper) + bias - slack
-    return low, high
-
-
-def _extreme(
-    form: PhaseForm, rows: Tensor, absolute: Tensor, lines: Lines, index: int, x_lower: Tensor, x_upper: Tensor
-) -> Tensor:
-    """Upper bound of rows (w, x), rows (K, r, n + d), by substituting the layers index - 1, ..., 0; rounding included."""
-    n = form.neurons
-    constant = torch.zeros(rows.shape[:2], dtype=torch.float64)
-    mass = torch.zeros_like(constant)
-    for here in reversed(form.layers[:index]):
-        c, a = rows[:, :, here], absolute[:, :, here]
-        if not bool(c.any()):
-            continue
-        up, down = c.clamp_min(0), c.clamp_max(0)
-        p = up * lines.high_slope[:, None, here] + down * lines.low_slope[:, None, here]
-        steep = torch.maximum(lines.high_slope[:, here].abs(), lines.low_slope[:, here].abs())[:, None]
-        tall = torch.maximum(lines.high_height[:, here].abs(), lines.low_height[:, here].abs())[:, None]
-        bias = form.bias[here]
-        constant = constant + (up * lines.high_height[:, None, here] + down * lines.low_height[:, None, here] + p * bias).sum(2)
-        mass = mass + (a * (tall + steep * bias.abs())).sum(2)
-        rows = rows + p @ form.q[here]
-        absolute = absolute + (a * steep) @ form.q[here].abs()
-    x, ax = rows[:, :, n:], absolute[:, :, n:]
-    middle, half = (x_lower + x_upper) / 2, (x_upper - x_lower) / 2 * (1 + 4 * UNIT)
-    reach = (x.abs() * half[:, None]).sum(2)
-    if math.isfinite(form.radius):
-        dual = {1.0: math.inf, 2.0: 2.0, math.inf: 1.0}[form.ball_norm]
-        around = (x * form.center).sum(2) + torch.linalg.vector_norm(x, dual, dim=2) * form.radius
-        value = torch.minimum((x * middle[:, None]).sum(2) + reach, around)
-    else:
-        value = (x * middle[:, None]).sum(2) + reach
-    size = torch.maximum(x_lower.abs(), x_upper.abs())[:, None]
-    mass = mass + (ax * size).sum(2)
-    if math.isfinite(form.radius):
-        mass = mass + (ax * (form.center.abs() + form.radius)).sum(2)
-    return value + constant + 4 * form.error * mass
-
-
-def _value(form: PhaseForm, p: Tensor, here: slice) -> Tensor:
-    """phi(p), entry by entry."""
-    index = _piece_index(form, p, here)
-    return pick(form.pieces[:, here], index) * p + pick(form.heights[:, here], index)
-
-
-def _piece_index(form: PhaseForm, p: Tensor, here: slice) -> Tensor:
-    index = torch.zeros_like(p, dtype=torch.long)
-    for row in form.breaks[:, here]:
-        index += p > row
-    return index
 
 
 def _piece_of(form: PhaseForm, low: Tensor, high: Tensor, here: slice) -> Tensor:

@@ -21,7 +21,7 @@ from lipguard.network.activations import leaky_relu, relu, softshrink
 from lipguard.network.smooth import elu, gelu, hardswish, sigmoid, silu, softplus, tanh
 from lipguard.verify import verify_local
 from lipguard.verify.domain.ranges import Regions, propagate
-from lipguard.verify.domain.relaxation import deviation, relax
+from lipguard.verify.domain.relaxation import Intervals
 
 INF = math.inf
 F64 = torch.float64
@@ -295,13 +295,14 @@ def test_lines_enclose_the_function(function):
     center = 6 * torch.randn(1, 400, generator=generator, dtype=F64)
     reach = 10 ** (3 * torch.rand(2, 400, generator=generator, dtype=F64) - 2)
     lower, upper = center - reach[:1], center + reach[1:]
-    lines = relax(function, lower, upper, center)
+    on = Intervals(function, lower, upper)
+    lines = on.lines(center)
     p = lower + (upper - lower) * torch.linspace(0, 1, 301, dtype=F64)[:, None]
     p = torch.minimum(p, upper)
     value = function(p)
     assert bool((lines.low_slope * p + lines.low_height <= value + 1e-12).all())
     assert bool((value <= lines.high_slope * p + lines.high_height + 1e-12).all())
-    low, high = deviation(function, torch.zeros_like(lower), lower, upper)
+    low, high = on.deviation(torch.zeros_like(lower))
     assert bool((low <= value.amin(0)).all()) and bool((value.amax(0) <= high).all())
     # And no further away than the curvature between 16 points allows.
     gap = torch.maximum(high - value.amax(0), value.amin(0) - low)

@@ -14,8 +14,7 @@ from lipguard.exact.linear import signs
 from lipguard.exact.sides import decide
 from lipguard.solvers import highs
 from lipguard.verify.phases.phase_form import phase_form
-from lipguard.verify.phases.phases import propagate, refutes
-from lipguard.verify.phases.substitution import reduce
+from lipguard.verify.phases.phases import imply, reduce, refutes
 
 BOX = lg.Box(-1.0, 1.0)
 
@@ -74,7 +73,7 @@ def test_decided_phases_hold_at_sampled_inputs(kwargs, domain):
         some = patterns[torch.randint(len(patterns), (24,), generator=generator)]
         fixed = torch.rand(some.shape, generator=generator) < 0.5
         decisions, parts = torch.where(fixed, some, -1), torch.zeros(len(some), dtype=torch.long)
-        ranges = propagate(form, decisions, parts)
+        ranges = imply(form, decisions, parts)
         found = decide(form, decisions, parts, ranges, reduce(form, ranges), some)
         for before, after, beyond, own in zip(decisions, found.decisions, found.beyond, some, strict=True):
             there = ((patterns == before) | (before < 0)).all(1)
@@ -87,13 +86,13 @@ def test_decided_phases_hold_at_sampled_inputs(kwargs, domain):
         if not found.leaves:
             continue
         phases = torch.stack([leaf.phases.long() for leaf in found.leaves])
-        implied = propagate(form, phases, torch.zeros(len(phases), dtype=torch.long))
+        implied = imply(form, phases, torch.zeros(len(phases), dtype=torch.long))
         farkas = torch.stack([leaf.farkas for leaf in found.leaves if leaf.farkas is not None])
         sure = refutes(form, implied, farkas) | implied.empty
         assert sure.all()
         assert not any(((patterns == leaf) | (leaf < 0)).all(1).any() for leaf in phases)
         # Refuting an inhabited assignment with the same multipliers must fail.
-        inhabited = propagate(form, some[:1].expand(len(farkas), -1), torch.zeros(len(farkas), dtype=torch.long))
+        inhabited = imply(form, some[:1].expand(len(farkas), -1), torch.zeros(len(farkas), dtype=torch.long))
         assert not refutes(form, inhabited, farkas).any() and not refutes(form, inhabited, -farkas).any()
         proved += len(found.leaves)
     assert decided > 2 and proved >= decided

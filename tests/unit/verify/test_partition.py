@@ -22,8 +22,7 @@ from lipguard.exact.feasibility import pattern_at
 from lipguard.verify.phases.flat import is_flat
 from lipguard.verify.phases.partition import covers, interval_norms
 from lipguard.verify.phases.phase_form import phase_form
-from lipguard.verify.phases.phases import propagate, refutes
-from lipguard.verify.phases.substitution import reduce
+from lipguard.verify.phases.phases import imply, reduce, refutes
 
 INF = math.inf
 BOX = lg.Box(-1.0, 1.0)
@@ -75,7 +74,7 @@ def test_what_phases_imply_holds_at_every_point_with_them(seed, shape, place, ev
         x = domain.sample(1, net.inputs, torch.Generator().manual_seed(seed % 2**31))[0].numpy()
     pattern = torch.from_numpy(pattern_at(form, x)).long()
     phases = torch.where(torch.from_numpy(rng.random(form.neurons) < rng.random()), pattern, -1)
-    ranges = propagate(form, phases[None], torch.tensor([part]))
+    ranges = imply(form, phases[None], torch.tensor([part]))
     assert not ranges.empty[0]
     # Pre-activations in float64: their own rounding is far below 1e-12 here.
     value = preactivations(form, x)
