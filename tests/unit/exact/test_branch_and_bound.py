@@ -144,7 +144,7 @@ def test_any_time_limit_gives_a_verified_enclosure(norm):
         before = found.upper
 
 
-@pytest.mark.parametrize("place", ["sample", "node_bounds", "feasibility", "propagate", "_try_point", "decide", "Node"])
+@pytest.mark.parametrize("place", ["sample", "node_bounds", "feasibility", "imply", "_try_point", "decide", "Node"])
 @pytest.mark.parametrize("calls", [0, 3])
 def test_an_interruption_returns_what_is_known(monkeypatch, place, calls):
     model, example = wide_net(1)
