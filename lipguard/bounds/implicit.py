@@ -19,7 +19,6 @@ from lipguard.certificate import Certificate, Magnitudes, Query
 from lipguard.network import Activation, Affine, Coupled, Implicit, Input, Network, Sum, Walk
 from lipguard.verify import verify
 from lipguard.verify.norms.implicit import propose_magnitude
-from lipguard.verify.norms.magnitudes import coupled_magnitude
 
 
 @dataclass(frozen=True)
