@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from decimal import MAX_EMAX, MIN_EMIN, ROUND_CEILING, ROUND_FLOOR, Context, Decimal
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["for_bar", "narrowed", "show", "show_interval", "show_lower", "show_upper"]
 
@@ -68,6 +68,8 @@ def for_bar(value: float, side: End) -> float:
 
 def narrowed(value: float, side: str) -> Tensor:
     """`value` as a float64 tensor that float32 holds exactly, moved up, or down for a lower bound, where it had to move."""
+    import torch  # the command line shows its help without it
+
     exact = torch.tensor(value, dtype=torch.float64, device="cpu")
     narrow = exact.to(torch.float32)
     end = torch.tensor(-math.inf if side == "lower" else math.inf, device="cpu")

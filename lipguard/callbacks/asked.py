@@ -178,3 +178,15 @@ def _moved(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(tree, Mapping):
         return {key: _moved(part, change) for key, part in tree.items()}
     return type(tree)(_moved(part, change) for part in tree) if type(tree) in (tuple, list) else tree
+
+
+def overlap(one: str | None, other: str | None) -> bool:
+    """Whether two parts of a module, None for the whole, share a layer."""
+    if not one or not other:
+        return True
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
+def part_name(submodule: str | None) -> str:
+    """A part of a module in words, None for the whole."""
+    return f"the submodule {submodule!r}" if submodule else "the module"

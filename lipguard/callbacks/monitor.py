@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import random
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lipguard.bounds.tracker import Measurement, Tracker
 from lipguard.callbacks.asked import Asked, named, number, on_failure_of, whole
 from lipguard.callbacks.base import Callback
+from lipguard.callbacks.undisturbed import message_of, undisturbed
 from lipguard.certificate import Ball, Box
 from lipguard.errors import Contradiction, LipguardError, UnsupportedQuery
 from lipguard.outward import for_bar, narrowed
@@ -262,14 +260,14 @@ class LipschitzMonitor(Callback):
         outcome: dict[str, Any] = {}
         if trainer.is_global_zero:
             try:
-                with _undisturbed(pl_module.device):
+                with undisturbed(pl_module.device):
                     outcome["values"] = self._values(trainer, pl_module, self.max_overhead * trained)
             except Exception as error:  # a training of days must survive any trouble of its gauge, LAPACK's included
                 outcome["error"] = error
         seconds = time.perf_counter() - started
         if trainer.world_size > 1:
             error = outcome.get("error")
-            shared = {"values": outcome.get("values"), "error": None if error is None else LipguardError(_told(error))}
+            shared = {"values": outcome.get("values"), "error": None if error is None else LipguardError(message_of(error))}
             outcome = trainer.strategy.broadcast(shared)
         self._mark = time.perf_counter()
         self.training_seconds += trained
@@ -331,7 +329,7 @@ class LipschitzMonitor(Callback):
         if self.on_failure == "warn" and not self._warned:
             self._warned = True
             warnings.warn(
-                f"LipschitzMonitor logged no bound: {_told(error)} Training goes on; {self.prefix}/failed counts failures.",
+                f"LipschitzMonitor logged no bound: {message_of(error)} Training goes on; {self.prefix}/failed counts failures.",
                 stacklevel=3,
             )
 
@@ -379,25 +377,3 @@ def _in_bar(trainer: Trainer, name: str, value: float, kind: str) -> bool:
 
 def _is_dry_run(trainer: Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # pyright: ignore[reportAttributeAccessIssue] - set outside __init__
-
-
-def _told(error: Exception) -> str:
-    name, text = type(error).__name__, str(error).rstrip()
-    return f"{name}: {text}" if text.endswith(".") else f"{name}: {text}."
-
-
-@contextlib.contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
-    """Gradients available whatever the loop's mode, and every random generator as it was afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global generator is what must be kept
-    devices = [device] if device.type in ("cuda", "xpu") else []
-    try:
-        with (
-            torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-        ):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lipguard.callbacks.asked import Asked, number, on_failure_of
+from lipguard.callbacks.asked import Asked, number, on_failure_of, overlap, part_name
 from lipguard.callbacks.base import Callback
 from lipguard.callbacks.checkpoint_saves import bypassed
 from lipguard.callbacks.example import described, inputs_and_labels
@@ -178,10 +178,10 @@ class LipschitzRegularizer(Callback):
             raise UnsupportedQuery(f"LipschitzRegularizer: {sharding} shards the network, so that no rank can regularise it.")
         callbacks: list[object] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue] - set outside __init__
         for other in callbacks:
-            if isinstance(other, LipschitzRegularizer) and other is not self and _overlap(self.submodule, other.submodule):
+            if isinstance(other, LipschitzRegularizer) and other is not self and overlap(self.submodule, other.submodule):
                 raise UnsupportedQuery(
-                    f"two LipschitzRegularizers act on {_named(self.submodule)} and {_named(other.submodule)}: their weights "
-                    "would work against each other. Keep one, or give each a submodule of its own."
+                    f"two LipschitzRegularizers act on {part_name(self.submodule)} and {part_name(other.submodule)}: their "
+                    "weights would work against each other. Keep one, or give each a submodule of its own."
                 )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -286,7 +286,7 @@ class LipschitzRegularizer(Callback):
         if self.target is not None:
             self._gauge = Gauge(self._penalty, pl_module, query)
             if self._saved is None:
-                check_target(self._penalty.network(), _named(self.submodule), self.target)
+                check_target(self._penalty.network(), part_name(self.submodule), self.target)
         if self._saved is not None:
             if self._saved["penalty"] is not None:
                 self._penalty.load_state_dict(self._saved["penalty"])
@@ -304,7 +304,7 @@ class LipschitzRegularizer(Callback):
     def _check(self, trainer: Trainer, pl_module: LightningModule, trial: Penalty) -> None:
         trained = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
         own = [p for p in self._part(pl_module).parameters() if p.requires_grad and id(p) in trained]
-        check_trial(trial, own, _named(self.submodule), self.target)
+        check_trial(trial, own, part_name(self.submodule), self.target)
 
     def _try_batch(self, pl_module: LightningModule) -> None:
         """The first batch must have what the penalty and the rule need."""
@@ -361,7 +361,7 @@ class LipschitzRegularizer(Callback):
         assert inputs is not None and labels is not None
         part = self._part(pl_module)
         with evaluating(part), torch.no_grad():
-            logits = selected(part(inputs), self.asked.query.outputs, _named(self.submodule))
+            logits = selected(part(inputs), self.asked.query.outputs, part_name(self.submodule))
             return float((logits.argmax(1) == labels).sum()), float(len(labels))
 
     def _together(
@@ -397,13 +397,3 @@ class LipschitzRegularizer(Callback):
                 "Ask for a larger target, or look for layers that are frozen or normalised.",
                 stacklevel=3,
             )
-
-
-def _overlap(one: str | None, other: str | None) -> bool:
-    if not one or not other:
-        return True
-    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
-
-
-def _named(submodule: str | None) -> str:
-    return f"the submodule {submodule!r}" if submodule else "the module"

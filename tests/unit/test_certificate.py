@@ -194,10 +194,10 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
 
 def test_the_ends_of_an_enclosure_are_of_one_constant(network, found):
     whole = found["exact"]
-    with pytest.raises(NotCertified, match="no lower and upper bound"):
+    with pytest.raises(NotCertified, match="not a lower and an upper bound"):
         lg.verify(network, dataclasses.replace(whole, lower_certificate=whole.upper_certificate))
     for other in (lg.bound(network, domain=lg.Box(-1.0, 1.0), norm=math.inf), lg.bound(network, domain=lg.Box(-0.1, 0.1))):
-        with pytest.raises(NotCertified, match="no lower and upper bound"):
+        with pytest.raises(NotCertified, match="not a lower and an upper bound"):
             lg.verify(network, dataclasses.replace(whole, upper_certificate=other))
     everywhere = lg.bound(network)
     assert lg.verify(network, dataclasses.replace(whole, upper_certificate=everywhere)).upper == everywhere.value

@@ -23,7 +23,8 @@ import lipguard as lg
 from lipguard import errors
 from lipguard.audit.recipe import captured, rebuild, recipe_of
 from lipguard.bounds.sampling import Sampling
-from lipguard.bounds.semidefinite import Semidefinite, propose
+from lipguard.bounds.semidefinite import Semidefinite
+from lipguard.bounds.solving import propose
 from lipguard.capture.rules.coupled import group_sort, maxmin
 from lipguard.certificate import Certificate, Multipliers, Query, Witness
 from lipguard.network import Affine, Coupled, Dense, Diagonal, Index, Input, Network, coupled

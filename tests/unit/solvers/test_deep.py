@@ -19,7 +19,7 @@ from zoo import Residual
 
 import lipguard as lg
 from lipguard.audit.encoding import certificate_from_json, certificate_json
-from lipguard.bounds.semidefinite import footprint
+from lipguard.bounds.cost import footprint
 from lipguard.certificate import Multipliers, Product, SolverReport
 from lipguard.errors import NotCertified, UnsupportedQuery
 from lipguard.network.pieces import pieces, separators

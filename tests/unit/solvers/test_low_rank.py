@@ -16,7 +16,7 @@ from torch import nn
 from zoo import Residual
 
 import lipguard as lg
-from lipguard.bounds import semidefinite
+from lipguard.bounds import solving
 from lipguard.bounds.channel import _Problem
 from lipguard.errors import SolverFailed
 from lipguard.programs.feedback import feedback_of
@@ -246,16 +246,16 @@ def test_what_it_cannot_solve_is_refused():
 def test_the_choice_and_what_follows_an_open_gap(monkeypatch):
     medium = lipsdp(feedback_of(network(deep([64, 128, 128, 10]), 64))).program
     chain = lipsdp(feedback_of(network(deep([16] * 42), 16))).program
-    assert semidefinite.solved("auto", problem("chain", False), None, 1e-7, None)[0] == "interior-point"
-    name, found = semidefinite.solved("auto", chain, None, 1e-7, None)
+    assert solving.solved("auto", problem("chain", False), None, 1e-7, None)[0] == "interior-point"
+    name, found = solving.solved("auto", chain, None, 1e-7, None)
     assert (name, found.gap <= LowRank.enough) == ("low-rank", True)
-    monkeypatch.setattr(semidefinite, "_SMALL", 100)
-    name, found = semidefinite.solved("auto", medium, None, 1e-7, None)
+    monkeypatch.setattr(solving, "_SMALL", 100)
+    name, found = solving.solved("auto", medium, None, 1e-7, None)
     assert (name, found.gap <= 1e-5) == ("low-rank", True)
-    monkeypatch.setattr(semidefinite, "_CLOSED", 0.0)
-    name, exact = semidefinite.solved("auto", medium, None, 1e-12, None)
+    monkeypatch.setattr(solving, "_CLOSED", 0.0)
+    name, exact = solving.solved("auto", medium, None, 1e-12, None)
     assert (name, exact.rho <= found.rho) == ("interior-point", True)
-    name, _ = semidefinite.solved("auto", medium, None, 1e-12, 0.0)
+    name, _ = solving.solved("auto", medium, None, 1e-12, 0.0)
     assert name == "low-rank"
 
 
