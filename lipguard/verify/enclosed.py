@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lipguard.network import Operator
+from lipguard.network.activations import Elementwise
 from lipguard.rounding import TINY, UNIT, gamma
 
 
@@ -194,6 +195,18 @@ class Enclosed:
         """Whether a product of a coefficient and an entry, neither of them 0, might be 0 in floating point."""
         numbers = (x for x in (self.center, *operator.tensors()) if x.is_floating_point())
         return any(bool(((x != 0) & (x.abs() < 2.0**-480)).any()) for x in numbers)
+
+
+def image(function: Elementwise, z: Enclosed) -> Enclosed:
+    """phi(z), entry by entry: off by what the steepest slope makes of the radius, and by the function's own rounding."""
+    alpha, beta = function.slopes
+    steepest = torch.maximum(alpha.abs(), beta.abs())
+    return Enclosed(function(z.center), (steepest * z.spread + function.rounding(z.center)) * (1 + 8 * UNIT))
+
+
+def slopes_at(function: Elementwise, z: Enclosed) -> Enclosed:
+    """All slopes of phi throughout the radius: beside a kink its whole range there."""
+    return Enclosed.between(*function.slope_range(*z.ends()))
 
 
 def _below(where: Tensor, count: int) -> Tensor:

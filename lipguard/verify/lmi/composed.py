@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lipguard.network import Conv, Dense, Diagonal, Index, Operator
+from lipguard.network import Diagonal, Operator
 from lipguard.rounding import TINY, UNIT, gamma
 from lipguard.verify.enclosed import Enclosed
 
@@ -132,14 +131,12 @@ def _slices(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor] | None:
 
 def _operator_slices(operator: Operator, bits: int) -> tuple[Operator, Operator | None, Operator | None] | None:
     """The same of an operator's coefficients; zeros and ones need one slice."""
-    if isinstance(operator, Index):
+    if operator.weightless:
         return operator, None, None
-    name = "scale" if isinstance(operator, Diagonal) else "weight"
-    if not isinstance(operator, Dense | Diagonal | Conv):
-        return None
-    parts = _slices(getattr(operator, name), bits)
+    (coefficients,) = operator.tensors()
+    parts = _slices(coefficients, bits)
     if parts is None:
         return None
-    kept = [part if i == 0 or bool(part.any()) else None for i, part in enumerate(parts)]
-    made = (None if part is None else replace(operator, **{name: part}) for part in kept)
-    return cast("tuple[Operator, Operator | None, Operator | None]", tuple(cast("Any", made)))
+    first, *small = (operator.mapped(lambda _, part=part: part) for part in parts)
+    second, rest = (made if bool(part.any()) else None for made, part in zip(small, parts[1:], strict=True))
+    return first, second, rest

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lipguard.errors import NotCertified
 from lipguard.network import Conv
-from lipguard.rounding import TINY, UNIT, gamma, prove_positive_definite, sqrt_up, up
-from lipguard.verify.norms.matrix_norm import frobenius_bound, largest_row_sum, prove_matrix_norm, times
+from lipguard.rounding import TINY, UNIT, gamma, sqrt_up, up
+from lipguard.verify.lmi.fronts import real
+from lipguard.verify.norms.matrix_norm import frobenius_bound, largest_row_sum, norm_test, prove_matrix_norm, times, unscaled
 
 _WORK = 1e11
 """Multiplications up to which the frequencies are gone through: some ten seconds of one core."""
@@ -30,15 +31,13 @@ def convolution_bound(conv: Conv) -> float:
     largest = float(conv.weight.abs().max())
     if largest == 0:
         return 0.0
-    # A power of two keeps squares within the range of float64: exact, but for entries that vanish beside the largest one,
-    # by less than TINY each.
-    exponent = max(-1000, min(1000, math.frexp(largest)[1]))
-    scaled = replace(conv, weight=conv.weight.detach() * 2.0**-exponent)
-    bound = kernel_bound(scaled)
-    frequency = frequency_bound(scaled)
-    bound = up(bound if frequency is None else min(bound, frequency))
-    value = bound * 2.0**exponent
-    return value if value >= TINY else up(value)
+
+    def bound(scale: float) -> float:
+        scaled = replace(conv, weight=conv.weight.detach() * scale)
+        kernel, frequency = kernel_bound(scaled), frequency_bound(scaled)
+        return up(kernel if frequency is None else min(kernel, frequency))
+
+    return unscaled(bound, largest)
 
 
 def kernel_bound(conv: Conv) -> float:
@@ -71,6 +70,22 @@ def _matrix_bound(matrix: Tensor) -> float:
         return math.inf
 
 
+def torus_of(conv: Conv) -> tuple[list[list[tuple[int, int]]], list[int]]:
+    """(place, phase) of every tap along each axis, and the lengths of a torus on which no two places fall together.
+
+    Tap t of output i reads entry s i + d t - p = s (i + a) + b of the large side: place a relative to i, phase b.
+    """
+    axes, lengths = [], []
+    for n, m, s, p, d, k in zip(
+        conv.large, conv.small, conv.stride, conv.padding, conv.dilation, conv.weight.shape[2:], strict=True
+    ):
+        taps = [divmod(d * t - p, s) for t in range(k)]
+        places = [a for a, _ in taps]
+        lengths.append(max((n - 1) // s, m - 1 + max(places)) - min(0, *places) + 1)
+        axes.append(taps)
+    return axes, lengths
+
+
 def frequency_bound(conv: Conv) -> float | None:
     """Upper bound by the convolution on a torus, of which the zero-padded one is a part; None where it takes too long.
 
@@ -81,13 +96,7 @@ def frequency_bound(conv: Conv) -> float | None:
     kernel is real, so that w and -w have one norm.
     """
     weight = conv.weight.detach()
-    axes = []
-    lengths = []
-    for n, m, s, p, d, k in zip(conv.large, conv.small, conv.stride, conv.padding, conv.dilation, weight.shape[2:], strict=True):
-        taps = [divmod(d * t - p, s) for t in range(k)]
-        places = [a for a, _ in taps]
-        lengths.append(max((n - 1) // s, m - 1 + max(places)) - min(0, *places) + 1)
-        axes.append(taps)
+    axes, lengths = torus_of(conv)
     kernel = weight.reshape(conv.groups, -1, weight.shape[1], math.prod(weight.shape[2:]))
     phases: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]] = {}
     for t, tap in enumerate(product(*axes)):
@@ -130,7 +139,7 @@ def frequency_bound(conv: Conv) -> float | None:
     )
     for inflation in _INFLATIONS:
         bound = up(top * (1 + inflation))
-        if math.isfinite(bound) and all(_proved(symbol, bound) for symbol in symbols()):
+        if math.isfinite(bound) and all(norm_test(real(symbol))(bound) for symbol in symbols()):
             return up(up(bound + slack))
     return None
 
@@ -143,22 +152,3 @@ def _estimate(symbol: Tensor) -> float:
     score = torch.linalg.matrix_norm(gram @ gram)
     chosen = gram[score.topk(min(16, len(score))).indices]
     return math.sqrt(max(float(torch.linalg.eigvalsh(chosen)[:, -1].max()), 0.0))
-
-
-def _proved(symbol: Tensor, bound: float) -> bool:
-    """Whether every matrix of the batch, as it stands, provably has a norm of at most `bound`."""
-    # [[Re, -Im], [Im, Re]] has the norm of the complex matrix.
-    real, imaginary = symbol.real, symbol.imag
-    matrix = torch.cat([torch.cat([real, -imaginary], 2), torch.cat([imaginary, real], 2)], 1)
-    k = matrix.shape[2]
-    magnitude = matrix.abs()
-    error = gamma(k + 4) * (1 + 4 * gamma(k + matrix.shape[1] + 4))
-    square = bound * bound
-
-    def radius(v: Tensor) -> Tensor:
-        mass = (magnitude @ (magnitude.mT @ v[:, :, None]))[:, :, 0] + square * v
-        return mass * error + 2 * (k + 4) * TINY * v.sum(1, keepdim=True)
-
-    gap = -(matrix @ matrix.mT)
-    gap.diagonal(dim1=1, dim2=2).add_(square)
-    return bool(prove_positive_definite(gap, radius).all())

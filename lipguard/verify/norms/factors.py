@@ -8,8 +8,9 @@ import torch
 
 from lipguard.certificate import Factors
 from lipguard.errors import NotCertified
-from lipguard.network import Activation, Affine, Conv, Coupled, Diagonal, Implicit, Index, Network, Operator
-from lipguard.rounding import sqrt_up, up
+from lipguard.network import Activation, Affine, Coupled, Implicit, Input, Network, Operator, Sum
+from lipguard.network.walk import Walk, fold
+from lipguard.rounding import up
 from lipguard.verify.norms.convolution import convolution_bound
 from lipguard.verify.norms.implicit import prove_gain
 from lipguard.verify.norms.matrix_norm import largest_row_sum, prove_matrix_norm, times
@@ -30,26 +31,47 @@ def check_factors(network: Network, evidence: Factors, norm: tuple[float, float]
         NotCertified: a factor is missing or too small beyond rounding.
     """
     p, q = norm
-    factors: dict[int, float] = {}
-    for i, node in enumerate(network.nodes):
-        match node:
-            case Affine():
-                if i not in evidence.norms:
-                    raise NotCertified(f"no factor is given for {node.name or f'node {i}'}.")
-                factors[i] = prove_norm(node.operator, evidence.norms[i], p, node.name, evidence.derivation == "toeplitz")
-            case Activation():
-                alpha, beta = node.function.slopes
-                factors[i] = float(torch.maximum(alpha.abs(), beta.abs()).max())
-            case Implicit():
-                factors[i] = prove_gain(node, p)
-            case Coupled():
-                factors[i] = node.function.norm(p)
-            case _:
-                pass
+    factors = dict(enumerate(fold(network.nodes, _Own(evidence, p))))
     bound = product_bound(network, factors, p)
     exponent = max(0.0, 1 / q - 1 / p)
     # pow is accurate to an ulp or two in every libm; four are granted.
     return bound if exponent == 0 else times(bound, up(math.pow(network.outputs, exponent), 4))
+
+
+class _Own(Walk[float]):
+    """Every node's own constant from p to p, whatever it reads; input and sums have none."""
+
+    lacks = "no norm is known"
+
+    def __init__(self, evidence: Factors, p: float) -> None:
+        self.evidence, self.p = evidence, p
+
+    def input(self, i: int, node: Input) -> float:
+        """None."""
+        return 1.0
+
+    def affine(self, i: int, node: Affine, read: float) -> float:
+        """The proposed norm, proved."""
+        if i not in self.evidence.norms:
+            raise NotCertified(f"no factor is given for {node.name or f'node {i}'}.")
+        return prove_norm(node.operator, self.evidence.norms[i], self.p, node.name, self.evidence.derivation == "toeplitz")
+
+    def activation(self, i: int, node: Activation, read: float) -> float:
+        """The steepest slope."""
+        alpha, beta = node.function.slopes
+        return float(torch.maximum(alpha.abs(), beta.abs()).max())
+
+    def implicit(self, i: int, node: Implicit, read: float) -> float:
+        """Its gain."""
+        return prove_gain(node, self.p)
+
+    def coupled(self, i: int, node: Coupled, read: float) -> float:
+        """The function's norm."""
+        return node.function.norm(self.p)
+
+    def total(self, i: int, node: Sum, *read: float) -> float:
+        """None: see `product`."""
+        return 1.0
 
 
 def prove_norm(operator: Operator, proposed: float, p: float, name: str = "", toeplitz: bool = False) -> float:
@@ -61,24 +83,21 @@ def prove_norm(operator: Operator, proposed: float, p: float, name: str = "", to
     Raises:
         NotCertified: the proposal is below the norm by more than 1e-6 relative.
     """
-    if isinstance(operator, Diagonal):
-        return float(operator.scale.abs().max())
+    if (closed := operator.norm(p)) is not None:
+        return closed
     if p != 2:
         magnitude = operator.abs()
         # Row sums of |W| for inf, column sums for 1: one application to the vector of ones.
         if p == 1:
             magnitude = magnitude.transpose()
         return largest_row_sum(magnitude)
-    if isinstance(operator, Index):
-        # A'A is diagonal and counts how often each entry is read.
-        return float(operator.repeats()) if operator.repeats() < 2 else sqrt_up(operator.repeats())
-    if toeplitz and isinstance(operator, Conv):
-        bound = toeplitz_bound(operator)
+    if (conv := operator.convolution) is not None and toeplitz:
+        bound = toeplitz_bound(conv)
         if not proposed * (1 + 1e-6) >= bound:
             raise NotCertified(f"{name or 'a layer'}: its Toeplitz bound is {bound:g}, not {proposed:g}.")
         return bound
-    if isinstance(operator, Conv) and math.prod(operator.shape) > LARGEST_UNROLLED:
-        return convolution_bound(operator)
+    if conv is not None and math.prod(operator.shape) > LARGEST_UNROLLED:
+        return convolution_bound(conv)
     if not proposed >= 0:
         raise NotCertified(f"{name or 'a layer'}: a norm of {proposed:g} is proposed.")
     return prove_matrix_norm(operator.dense(), proposed, name)

@@ -26,10 +26,8 @@ from lipguard.certificate import Multipliers
 from lipguard.errors import InvalidModel, NotCertified
 from lipguard.network import Implicit, Input, Network
 from lipguard.rounding import TINY, UNIT, gamma, norm_up, sqrt_up, up
+from lipguard.verify.enclosed import Enclosed, image, slopes_at
 from lipguard.verify.lmi.multipliers import check_multipliers
-
-Ball = tuple[Tensor, Tensor]
-"""Centre and entrywise radius."""
 
 
 def prove_gain(node: Implicit, p: float = 2.0) -> float:
@@ -131,7 +129,7 @@ def _amplification(node: Implicit, weight: Tensor) -> Tensor:
     return found
 
 
-def enclose(node: Implicit, value: Ball, tangent: Ball) -> tuple[Ball, Ball]:
+def enclose(node: Implicit, v: Enclosed, dv: Enclosed) -> tuple[Enclosed, Enclosed]:
     """Enclosures of z and of dz = D (W dz + dv), D = diag of the slopes at z, from those of v and dv.
 
     For a point with residual r, z - phi(W z + v) = r, the error e against the solution satisfies e = D W e + r for some D
@@ -141,34 +139,18 @@ def enclose(node: Implicit, value: Ball, tangent: Ball) -> tuple[Ball, Ball]:
     Raises:
         NotCertified: the layer is not provably well posed.
     """
-    g = prove_gain(node)
-    weight, magnitude = node.operator, node.operator.abs()
-    (v, v_error), (dv, dv_error) = value, tangent
-    alpha, beta = node.widened
-    steepest = torch.maximum(alpha.abs(), beta.abs())
-    k = gamma(len(v) + 6)
+    gain, weight, size = prove_gain(node), node.operator, len(v.center)
 
     def spread_out(r: Tensor) -> Tensor:
-        """Entrywise bound of the error that a residual of magnitude r leaves."""
-        reached = magnitude(r) * (1 + 4 * k) + len(r) * TINY
-        return r + up(g * norm_up(reached, 2.0), 2)
+        """Entrywise bound of the error that a residual of magnitude r leaves: r + g || |W| r ||_2, both sums rounded up."""
+        reached = weight.abs()(r) * (1 + 4 * gamma(weight.terms + 6)) + size * TINY
+        return (r + up(gain * norm_up(reached, 2.0), 2)) * (1 + 2 * UNIT)
 
-    z = node.value(v)
-    p = weight(z) + v
-    p_error = (k * (magnitude(z.abs()) + v.abs()) + v_error) * (1 + 4 * k) + len(v) * TINY
-    y = node.function(p)
-    r = ((z - y).abs() * (1 + 4 * UNIT) + steepest * p_error + node.function.rounding(p)) * (1 + 8 * UNIT)
-    z_error = spread_out(r)
-    p_error = (p_error + magnitude(z_error)) * (1 + 4 * k) + p.abs() * (2 * UNIT) + len(v) * TINY
-    low, high = node.function.slope_range(p - p_error, p + p_error)
-    middle = (low + high) / 2
-    exact = low == high
-    middle = torch.where(exact, low, middle)
-    spread = torch.where(exact, torch.zeros_like(low), (high - middle).maximum(middle - low) * (1 + 2 * UNIT))
-    eye = torch.eye(len(v), dtype=torch.float64, device=v.device)
-    dz = torch.linalg.solve(eye - middle[:, None] * weight.dense(), middle * dv)
-    q = weight(dz) + dv
-    q_error = (k * (magnitude(dz.abs()) + dv.abs()) + dv_error) * (1 + 4 * k) + len(v) * TINY
-    own = (dz - middle * q).abs() + 2 * UNIT * (dz.abs() + (middle * q).abs()) + TINY
-    r = (own + middle.abs() * q_error + spread * (q.abs() + q_error)) * (1 + 16 * UNIT)
-    return (z, z_error), (dz, spread_out(r))
+    z = Enclosed(node.value(v.center))
+    residual = z - image(node.function, z.through(weight) + v)
+    z = Enclosed(z.center, spread_out(residual.magnitude()))
+    slopes = slopes_at(node.function, z.through(weight) + v)
+    eye = torch.eye(size, dtype=torch.float64, device=z.center.device)
+    dz = Enclosed(torch.linalg.solve(eye - slopes.center[:, None] * weight.dense(), slopes.center * dv.center))
+    residual = dz - (dz.through(weight) + dv) * slopes
+    return z, Enclosed(dz.center, spread_out(residual.magnitude()))

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lipguard.certificate import Magnitudes
 from lipguard.errors import NotCertified
-from lipguard.network import Activation, Affine, Coupled, Coupling, Implicit, Input, Network, Operator, Sum
+from lipguard.network import Activation, Affine, Coupled, Implicit, Input, Network, Sum
+from lipguard.network.walk import Walk, fold, pull
 from lipguard.rounding import TINY, UNIT, gamma, norm_up, sum_up
 from lipguard.verify.norms.implicit import prove_magnitude
 
@@ -29,80 +30,48 @@ def check_magnitudes(network: Network, evidence: Magnitudes, norm: tuple[float, 
     p, q = norm
     vectors = {i: y.detach().to(network.device, torch.float64).flatten() for i, y in evidence.vectors.items()}
     if p == math.inf:
-        return norm_up(_forwards(network, vectors), q)
+        return norm_up(fold(network.nodes, _Carried(network, vectors, False))[-1], q)
     if q == 1:
-        return norm_up(_backwards(network, vectors), math.inf if p == 1 else 2.0)
+        last = torch.ones(network.outputs, dtype=torch.float64, device=network.device)
+        arrived = pull(network.nodes, _Carried(network, vectors, True), last, lambda a, b: sum_up(torch.stack([a, b]), 0))
+        return norm_up(arrived.get(0, last.new_zeros(network.inputs)), math.inf if p == 1 else 2.0)
     raise NotCertified(f"magnitudes prove bounds from the inf-norm or to the 1-norm, not {norm}.")
 
 
-def _forwards(network: Network, vectors: dict[int, Tensor]) -> Tensor:
-    values: list[Tensor] = []
-    for i, node in enumerate(network.nodes):
-        match node:
-            case Input():
-                values.append(torch.ones(node.size, dtype=torch.float64, device=network.device))
-            case Affine():
-                values.append(_apply(node.operator.abs(), values[node.source]))
-            case Activation():
-                values.append(_steepest(node) * values[node.source] * (1 + 2 * UNIT) + TINY)
-            case Implicit():
-                values.append(_response(node, i, values[node.source], vectors, False))
-            case Coupled():
-                values.append(coupled_magnitude(node.function, values[node.source]))
-            case Sum():
-                values.append(sum_up(torch.stack([values[s] for s in node.sources]), 0))
-    return values[-1]
+class _Carried(Walk[Tensor]):
+    """Absolute values: of increments forwards, of functionals backwards; each is rounded up."""
 
+    lacks = "no bound of absolute values is known"
 
-def _backwards(network: Network, vectors: dict[int, Tensor]) -> Tensor:
-    found: dict[int, list[Tensor]] = {
-        len(network.nodes) - 1: [torch.ones(network.outputs, dtype=torch.float64, device=network.device)]
-    }
+    def __init__(self, network: Network, vectors: dict[int, Tensor], back: bool) -> None:
+        self.network, self.vectors, self.back = network, vectors, back
 
-    def total(i: int) -> Tensor:
-        parts = found.get(i)
-        if parts is None:
-            return torch.zeros(network.sizes[i], dtype=torch.float64, device=network.device)
-        return parts[0] if len(parts) == 1 else sum_up(torch.stack(parts), 0)
+    def input(self, i: int, node: Input) -> Tensor:
+        """All increments of at most 1."""
+        return torch.ones(node.size, dtype=torch.float64, device=self.network.device)
 
-    for i in reversed(range(1, len(network.nodes))):
-        if i not in found:
-            continue
-        node, g = network.nodes[i], total(i)
-        match node:
-            case Affine():
-                found.setdefault(node.source, []).append(_apply(node.operator.abs().transpose(), g))
-            case Activation():
-                found.setdefault(node.source, []).append(_steepest(node) * g * (1 + 2 * UNIT) + TINY)
-            case Implicit():
-                found.setdefault(node.source, []).append(_response(node, i, g, vectors, True))
-            case Coupled():
-                found.setdefault(node.source, []).append(coupled_magnitude(node.function, g, network.sizes[node.source]))
-            case Sum():
-                for source in node.sources:
-                    found.setdefault(source, []).append(g)
-            case Input():
-                pass
-    return total(0)
+    def affine(self, i: int, node: Affine, read: Tensor) -> Tensor:
+        """|W| r or |W'| r."""
+        magnitude = node.operator.abs().transpose() if self.back else node.operator.abs()
+        # Sums of products without cancellation; below the normal range each loses less than TINY.
+        return magnitude(read) * (1 + 2 * gamma(magnitude.terms + 2)) + magnitude.terms * TINY
 
+    def activation(self, i: int, node: Activation, read: Tensor) -> Tensor:
+        """The steepest slope times r: one rounding."""
+        alpha, beta = node.function.slopes
+        return torch.maximum(alpha.abs(), beta.abs()) * read * (1 + 2 * UNIT) + TINY
 
-def coupled_magnitude(function: Coupling, r: Tensor, size: int | None = None) -> Tensor:
-    """Upper bound of |J| r over all Jacobians of the function, entry by entry; with its number of inputs, of |J'| r."""
-    return function.magnitude(r, size)
+    def implicit(self, i: int, node: Implicit, read: Tensor) -> Tensor:
+        """The vector that the evidence gives, where it is proved to be above the response."""
+        if i not in self.vectors:
+            raise NotCertified(f"no vector is given for the implicit layer {node.name or f'node {i}'}.")
+        prove_magnitude(node, read, self.vectors[i], self.back)
+        return self.vectors[i]
 
+    def coupled(self, i: int, node: Coupled, read: Tensor) -> Tensor:
+        """What the function says of itself."""
+        return node.function.magnitude(read, self.network.sizes[node.source] if self.back else None)
 
-def _apply(magnitude: Operator, x: Tensor) -> Tensor:
-    count = magnitude.shape[1]
-    return magnitude(x) * (1 + 2 * gamma(count + 2)) + count * TINY
-
-
-def _steepest(node: Activation) -> Tensor:
-    alpha, beta = node.function.slopes
-    return torch.maximum(alpha.abs(), beta.abs())
-
-
-def _response(node: Implicit, i: int, b: Tensor, vectors: dict[int, Tensor], transposed: bool) -> Tensor:
-    if i not in vectors:
-        raise NotCertified(f"no vector is given for the implicit layer {node.name or f'node {i}'}.")
-    prove_magnitude(node, b, vectors[i], transposed)
-    return vectors[i]
+    def total(self, i: int, node: Sum, *read: Tensor) -> Tensor:
+        """The sum; backwards each term is handed the same."""
+        return read[0] if self.back else sum_up(torch.stack(read), 0)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lipguard.errors import NotCertified
 from lipguard.network import Operator
-from lipguard.rounding import TINY, gamma, proves_positive_definite, sqrt_up, sum_up, up
+from lipguard.rounding import TINY, gamma, prove_positive_definite, proves_positive_definite, sqrt_up, sum_up, up
 
 _INFLATIONS = (0.0, 1e-13, 1e-12, 1e-11, 1e-10, 1e-8, 1e-6)
 
@@ -28,6 +29,43 @@ def largest_row_sum(magnitude: Operator) -> float:
     return float((magnitude(ones) * (1 + 2 * gamma(count + 2))).max())
 
 
+def norm_test(matrices: Tensor) -> Callable[[float], bool]:
+    """The test bound -> whether all real matrices of a batch (K, a, b) provably have at most that norm from 2 to 2."""
+    k = matrices.shape[2]
+    gram, magnitude = matrices @ matrices.mT, matrices.abs()
+    # Every rounding of s^2 - WW': the product gamma_k |W||W'|, the square and the difference one u each.
+    error = gamma(k + 4) * (1 + 4 * gamma(k + matrices.shape[1] + 4))
+
+    def proves(bound: float) -> bool:
+        square = bound * bound
+
+        def radius(v: Tensor) -> Tensor:
+            mass = (magnitude @ (magnitude.mT @ v[:, :, None]))[:, :, 0] + square * v
+            # Products below the normal range lose less than TINY each.
+            return mass * error + 2 * (k + 4) * TINY * v.sum(1, keepdim=True)
+
+        gap = -gram
+        gap.diagonal(dim1=1, dim2=2).add_(square)
+        if not math.isfinite(bound):
+            return False
+        if len(gap) == 1:
+            return proves_positive_definite(gap[0], lambda v: radius(v[None])[0])
+        return bool(prove_positive_definite(gap, radius).all())
+
+    return proves
+
+
+def unscaled(bound: Callable[[float], float], largest: float) -> float:
+    """A bound of matrices with this largest entry, from bound(2^-e) of those scaled by a power of two, largest entry near 1.
+
+    Scaling is exact, but for entries that vanish beside the largest one, by less than TINY each, as the products below the
+    normal range that every bound here counts. Scaling back is exact in the normal range.
+    """
+    exponent = max(-1000, min(1000, math.frexp(largest)[1]))
+    value = bound(2.0**-exponent) * 2.0**exponent
+    return value if value >= TINY else up(value)
+
+
 def prove_matrix_norm(weight: Tensor, proposed: float, name: str) -> float:
     """The smallest provable bound of a matrix's norm from 2 to 2 at or just above the proposed one.
 
@@ -37,28 +75,16 @@ def prove_matrix_norm(weight: Tensor, proposed: float, name: str) -> float:
     weight = weight if weight.shape[0] <= weight.shape[1] else weight.T
     if not bool(weight.any()):
         return 0.0
-    # A power of two brings the largest entry near 1: exact, but for entries that vanish beside it, by less than TINY.
-    exponent = max(-1000, min(1000, math.frexp(float(weight.abs().max()))[1]))
-    weight, proposed = weight * 2.0**-exponent, proposed * 2.0**-exponent
-    k = weight.shape[1]
-    gram = weight @ weight.T
-    magnitude = weight.abs()
-    for inflation in _INFLATIONS:
-        bound = up(proposed * (1 + inflation))
-        # Every rounding of s^2 - WW' : the product gamma_k |W||W'|, the square and the difference one u each.
-        error = gamma(k + 4)
 
-        def radius(v: Tensor, square: float = bound * bound, error: float = error) -> Tensor:
-            mass = magnitude @ (magnitude.T @ v) + square * v
-            # Products below the normal range lose less than TINY each.
-            return mass * (error * (1 + 4 * gamma(k + v.numel() + 4))) + 2 * (k + 4) * TINY * v.sum()
+    def least(scale: float) -> float:
+        proves = norm_test((weight * scale)[None])
+        for inflation in _INFLATIONS:
+            bound = up(proposed * scale * (1 + inflation))
+            if proves(bound):
+                return bound
+        raise NotCertified(f"{name or 'a layer'}: its norm is not provably at most {proposed:g}.")
 
-        matrix = -gram
-        matrix.diagonal().add_(bound * bound)
-        if math.isfinite(bound) and proves_positive_definite(matrix, radius):
-            value = bound * 2.0**exponent
-            return value if value >= TINY else up(value)
-    raise NotCertified(f"{name or 'a layer'}: its norm is not provably at most {proposed:g}.")
+    return unscaled(least, float(weight.abs().max()))
 
 
 def frobenius_bound(weight: Tensor) -> float:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lipguard.network import Activation, Affine, Coupled, Diagonal, Implicit, Index, Input, Network, Sum
+from lipguard.network import Network, Node
 from lipguard.rounding import gamma, sqrt_up, up
 from lipguard.verify.norms.matrix_norm import times
 
@@ -43,23 +43,21 @@ def product_bound(network: Network, factors: Mapping[int, float], p: float) -> f
     readings: list[dict[int, Reading]] = []
     written: list[Tensor | None] = []
     for i, node in enumerate(network.nodes):
-        match node:
-            case Input():
-                found: dict[int, Reading] = {}
-                written.append(None)
-            case Affine() | Activation() | Implicit() | Coupled():
-                found = {u: Reading(times(r.bound, factors[i]), r.places) for u, r in readings[node.source].items()}
-                operator = node.operator if isinstance(node, Affine) else None
-                if isinstance(operator, Index) and node.source in found and not operator.transposed:
-                    places = torch.zeros(operator.size, dtype=torch.bool, device=operator.device)
-                    places[operator.index[operator.index >= 0]] = True
-                    found[node.source] = Reading(found[node.source].bound, places)
-                # An implicit layer and a sort move their entries about.
-                mixes = isinstance(node, Implicit | Coupled)
-                written.append(None if mixes else _written(operator, written[node.source]))
-            case Sum():
-                found = _sum([readings[s] for s in node.sources], [written[s] for s in node.sources], readings, p)
-                written.append(_union([written[s] for s in node.sources]))
+        operator = node.map
+        if not node.sources:
+            found: dict[int, Reading] = {}
+            written.append(None)
+        elif node.variable or operator is not None:
+            (source,) = node.sources
+            found = {u: Reading(times(r.bound, factors[i]), r.places) for u, r in readings[source].items()}
+            if operator is not None and (index := operator.selection) is not None and source in found:
+                places = torch.zeros(operator.shape[1], dtype=torch.bool, device=operator.device)
+                places[index[index >= 0]] = True
+                found[source] = Reading(found[source].bound, places)
+            written.append(_written(node, written[source]))
+        else:
+            found = _sum([readings[s] for s in node.sources], [written[s] for s in node.sources], readings, p)
+            written.append(_union([written[s] for s in node.sources]))
         if i == 0 or readers[i] > 1:
             found[i] = Reading(1.0)
         readings.append(found)
@@ -123,11 +121,12 @@ def _norm(bounds: Sequence[float], p: float) -> float:
     return math.ldexp(sqrt_up(total) if p == 2 else total, exponent)
 
 
-def _written(operator: object, source: Tensor | None) -> Tensor | None:
-    """Mask of the entries that may vary, None for all: an activation and a diagonal map keep constants where they are."""
-    if operator is None or isinstance(operator, Diagonal):
+def _written(node: Node, source: Tensor | None) -> Tensor | None:
+    """Mask of the entries that may vary, None for all: what works entry by entry keeps constants where they are."""
+    if node.in_place:
         return source
-    if not isinstance(operator, Index):
+    operator = node.map
+    if operator is None or not operator.weightless:  # an implicit layer, a sort or a matrix moves its entries about
         return None
     varies = torch.ones(operator.shape[1], dtype=torch.float64, device=operator.device) if source is None else source.double()
     return operator(varies) > 0

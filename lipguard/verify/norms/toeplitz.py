@@ -23,7 +23,8 @@ from torch import Tensor
 
 from lipguard.network import Conv
 from lipguard.rounding import TINY, UNIT, down, gamma, sqrt_up, sum_up, up
-from lipguard.verify.norms.convolution import kernel_bound
+from lipguard.verify.norms.convolution import kernel_bound, torus_of
+from lipguard.verify.norms.matrix_norm import unscaled
 
 _POINTS = 2**16
 """Frequencies up to which the torus's own are gone through."""
@@ -40,14 +41,14 @@ def toeplitz_bound(conv: Conv) -> float:
     largest = float(conv.weight.abs().max())
     if largest == 0:
         return 0.0
-    # A power of two keeps squares within the range of float64: exact, but for entries that vanish, by less than TINY each.
-    exponent = max(-1000, min(1000, math.frexp(largest)[1]))
-    scaled = replace(conv, weight=conv.weight.detach() * 2.0**-exponent)
     # A kernel of one tap, or with one place, is a matrix.
     matrix = 1 in (math.prod(conv.weight.shape[2:]), math.prod(conv.small))
-    bound = kernel_bound(scaled) if matrix else _bound(scaled)
-    value = up(up(bound) + conv.weight.numel() * TINY) * 2.0**exponent
-    return value if value >= TINY else up(value)
+
+    def bound(scale: float) -> float:
+        scaled = replace(conv, weight=conv.weight.detach() * scale)
+        return up(kernel_bound(scaled) if matrix else _bound(scaled)) + conv.weight.numel() * TINY
+
+    return unscaled(lambda scale: up(bound(scale)), largest)
 
 
 def _bound(conv: Conv) -> float:
@@ -82,20 +83,17 @@ def _polyphase(conv: Conv) -> tuple[Tensor, list[int]]:
     Entry x(q) has phase b = q mod s and place a = (q - b) / s; tap t of output i reads d t - p = s a + b, relative to s i.
     """
     weight = conv.weight.detach()
-    axes, lengths = [], []
-    for n, m, s, p, d, k in zip(conv.large, conv.small, conv.stride, conv.padding, conv.dilation, weight.shape[2:], strict=True):
-        taps = [divmod(d * t - p, s) for t in range(k)]
-        first, last = min(a for a, _ in taps), max(a for a, _ in taps)
-        lengths.append(max((n - 1) // s, m - 1 + last) - min(0, first) + 1)
-        axes.append([(a - first, b, last - first + 1) for a, b in taps])
-    phases = sorted(set(product(*(sorted({b for _, b, _ in taps}) for taps in axes))))
-    sizes = [taps[0][2] for taps in axes]
+    found, lengths = torus_of(conv)
+    firsts = [min(a for a, _ in taps) for taps in found]
+    axes = [[(a - first, b) for a, b in taps] for taps, first in zip(found, firsts, strict=True)]
+    phases = sorted(set(product(*(sorted({b for _, b in taps}) for taps in axes))))
+    sizes = [max(a for a, _ in taps) + 1 for taps in axes]
     kernel = weight.reshape(conv.groups, -1, *weight.shape[1:])
     spread = kernel.new_zeros(*kernel.shape[:3], len(phases), *sizes)
     for tap in product(*(range(len(taps)) for taps in axes)):
         chosen = [taps[t] for taps, t in zip(axes, tap, strict=True)]
-        phase = phases.index(tuple(b for _, b, _ in chosen))
-        spread[(..., phase, *(a for a, _, _ in chosen))] = kernel[(..., *tap)]
+        phase = phases.index(tuple(b for _, b in chosen))
+        spread[(..., phase, *(a for a, _ in chosen))] = kernel[(..., *tap)]
     return spread, lengths
 
 

@@ -34,8 +34,8 @@ def test_sixty_orthogonal_layers() -> None:
     lower, _ = Sampling(starts=4, steps=2)(network, Query())
     assert 1 - 1e-9 <= lower.value <= 1
     # every product and sum above is exact
-    entrywise, _, _ = witness._tangent(network, torch.ones(16, dtype=torch.float64), torch.ones(16, dtype=torch.float64), None)
-    assert float(torch.linalg.vector_norm(entrywise)) == pytest.approx(4, rel=1e-9)
+    entrywise = witness._tangent(network, torch.ones(16, dtype=torch.float64), torch.ones(16, dtype=torch.float64), None)
+    assert float(torch.linalg.vector_norm(entrywise.value.center)) == pytest.approx(4, rel=1e-9)
 
 
 def test_a_resnet_20_has_a_witness() -> None:
@@ -65,7 +65,8 @@ def test_lengths_enclose_a_tangent_in_higher_precision(seed: int) -> None:
     network = lg.capture(model, torch.zeros((1, 3, 4, 4) if seed % 2 else (1, 1, 4, 4), dtype=torch.float64))
     x, v = torch.randn(2, network.inputs, dtype=torch.float64)
     norms = {i: witness._norm_bound(n.operator) for i, n in enumerate(network.nodes) if hasattr(n, "operator")}
-    center, radius, length = witness._tangent(network, x, v, norms)
+    followed = witness._tangent(network, x, v, norms)
+    center, radius, length = followed.value.center, followed.value.spread, followed.length
     _, exact = torch.func.jvp(lambda z: network(z[None])[0], (x,), (v,))
     error = (center - exact).abs()
     # Both are rounded: the true tangent is within the bounds of each, so that their difference is within twice them.
