@@ -140,7 +140,7 @@ def explain(certificate: Certificate, network: Network | None = None) -> Explana
         raise UnsupportedQuery(f"the certificate is of network {certificate.digest[:12]}, this one is {network.digest[:12]}.")
     if not 0 < certificate.value < math.inf:
         raise UnsupportedQuery(f"a bound of {certificate.value!r} has no shares.")
-    layers = [i for i, node in enumerate(network.nodes) if isinstance(node, Affine) and not node.operator.weightless]
+    layers = [i for i, node in enumerate(network.nodes) if node.map is not None and not node.weightless]
     norms = _norms(network, layers, certificate)
     unit, how = "d log(bound^2) / d log(weights)", "from the multipliers"
     rest: tuple[Share, ...] = ()
@@ -166,8 +166,8 @@ def _norms(network: Network, layers: Iterable[int], certificate: Certificate) ->
         evidence = Spectral()(network, Query(certificate.norm))[0].evidence
     assert isinstance(evidence, Factors)
     toeplitz = evidence.derivation == "toeplitz"
-    nodes = [(i, node) for i in layers if isinstance(node := network.nodes[i], Affine)]
-    return [prove_norm(node.operator, evidence.norms[i], p, node.name, toeplitz) for i, node in nodes]
+    named = ((i, network.nodes[i].map, network.nodes[i].name) for i in layers)
+    return [prove_norm(operator, evidence.norms[i], p, name, toeplitz) for i, operator, name in named if operator is not None]
 
 
 def scaled(network: Network, i: int, factor: float) -> Network:

@@ -12,7 +12,7 @@ from lipguard.bounds.local import BATCHED, solve
 from lipguard.bounds.semidefinite import Semidefinite
 from lipguard.bounds.spectral import layer_norm
 from lipguard.certificate import Factors, LocalMultipliers, Multipliers, PairBound, Query
-from lipguard.network import Affine, Network
+from lipguard.network import Network
 from lipguard.programs.rewriting import slope_restricted
 from lipguard.verify.domain.pairs import check_pairs, pair_maps, rows_of
 from lipguard.verify.rewriting import neurons_only
@@ -47,8 +47,8 @@ def pair_bounds(network: Network, pairs: Tensor, method: str, deadline: float = 
 def _products(network: Network, pairs: Tensor) -> list[PairBound]:
     """The product of the norms before the last affine map, times the norm of the difference of its rows."""
     last = network.nodes[-1]
-    before = network.nodes[: last.source + 1] if isinstance(last, Affine) else network.nodes
-    evidence = Factors({i: layer_norm(node.operator, 2.0) for i, node in enumerate(before) if isinstance(node, Affine)})
+    before = network.nodes if last.map is None else network.nodes[: last.sources[0] + 1]
+    evidence = Factors({i: layer_norm(node.map, 2.0) for i, node in enumerate(before) if node.map is not None})
     return [PairBound((i, j), evidence) for i, j in pairs.tolist()]
 
 

@@ -22,7 +22,7 @@ from lipguard.capture.capture import network_of
 from lipguard.certificate import Ball, Box
 from lipguard.domain import Domain, domain_from
 from lipguard.errors import InvalidDomain, InvalidExample, UnknownName, UnsupportedQuery
-from lipguard.network import Implicit, Network
+from lipguard.network import Network
 from lipguard.programs.rewriting import slope_restricted
 from lipguard.query import Inputs, Norm, Outputs, Query, norm_pair
 from lipguard.solvers.threads import one_thread
@@ -99,7 +99,7 @@ def certify(
         raise UnsupportedQuery("inputs is a matrix, the batch what is in front of it. Give an input of the model, example=...")
     captured = network_of(model, query)
     network = neurons_only(captured)
-    if any(isinstance(node, Implicit) for node in network.nodes):
+    if any(node.loop is not None for node in network.nodes):
         raise UnsupportedQuery(
             "the values of an implicit layer are not enclosed here. Bound pairs of classes: bound(outputs=(i, j))."
         )

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lipguard.network import Activation, Affine, Conv, Input, Node, Operator, Sum
+from lipguard.network import Activation, Affine, Input, Operator, Sum
 from lipguard.rounding import TINY, UNIT, gamma, prove_positive_definite, sqrt_up
 from lipguard.verify.domain.localized import ENTRIES
 from lipguard.verify.domain.ranges import Propagation
@@ -151,15 +151,16 @@ def _products(propagation: Propagation) -> Tensor:
     count, device = len(propagation.regions.lower), propagation.regions.lower.device
     consumers: list[list[int]] = [[] for _ in nodes]
     for i, node in enumerate(nodes):
-        for source in node.sources if isinstance(node, Sum) else () if isinstance(node, Input) else (node.source,):
+        for source in node.sources:
             consumers[source].append(i)
     roots = {i: torch.maximum(low.abs(), high.abs()).sqrt() * (1 + 4 * UNIT) for i, (low, high) in _slopes(propagation).items()}
 
     def scalable(i: int) -> bool:
-        node = nodes[i]
-        return isinstance(node, Affine) and math.prod(node.operator.shape) <= LARGEST_UNROLLED
+        operator = nodes[i].map
+        return operator is not None and math.prod(operator.shape) <= LARGEST_UNROLLED
 
-    before = {i: scalable(_source(nodes[i])) and consumers[_source(nodes[i])] == [i] for i in roots}
+    read = {i: nodes[i].sources[0] for i in roots}
+    before = {i: scalable(read[i]) and consumers[read[i]] == [i] for i in roots}
     behind = {i: bool(consumers[i]) and all(scalable(c) for c in consumers[i]) for i in roots}
     bounds: list[Tensor] = []
     for i, node in enumerate(nodes):
@@ -179,16 +180,11 @@ def _products(propagation: Propagation) -> Tensor:
     return bounds[-1].expand(count) + TINY
 
 
-def _source(node: Node) -> int:
-    assert isinstance(node, Activation)
-    return node.source
-
-
 def _norms(operator: Operator, left: Tensor | None, right: Tensor | None) -> Tensor:
     """Bounds of the norms from 2 to 2 of diag(left) W diag(right), (K,), or (1,) without factors."""
     if math.prod(operator.shape) > LARGEST_UNROLLED:
-        if isinstance(operator, Conv):
-            value = convolution_bound(operator)
+        if operator.convolution is not None:
+            value = convolution_bound(operator.convolution)
         else:  # ||W||_2^2 <= ||W||_1 ||W||_inf
             magnitude = operator.abs()
             value = sqrt_up(times(largest_row_sum(magnitude), largest_row_sum(magnitude.transpose())))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lipguard.certificate import Domain, LocalMultipliers, Slopes
 from lipguard.errors import NotCertified
-from lipguard.network import Implicit, Network
+from lipguard.network import Network
 from lipguard.rounding import sqrt_up, up
 from lipguard.verify.domain.jacobians import jacobian_bounds
 from lipguard.verify.domain.localized import Localized, chunk_size, localized, proves
@@ -65,7 +65,7 @@ def check_slopes(
 
 def of_neurons(network: Network) -> Network:
     """The network with every coupled node made of neurons, whose pre-activations have ranges on a domain."""
-    if any(isinstance(node, Implicit) for node in network.nodes):
+    if any(node.loop is not None for node in network.nodes):
         raise NotCertified("the ranges of an implicit layer on a domain are not known: its bounds are global ones.")
     return neurons_only(network)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lipguard.certificate import Factors, LocalMultipliers, Multipliers, PairBound
 from lipguard.errors import NotCertified
-from lipguard.network import Affine, Network
+from lipguard.network import Network
 from lipguard.rounding import UNIT, gamma, norm_up, sqrt_up
 from lipguard.verify.domain.local import least_bounds
 from lipguard.verify.domain.localized import Localized, localized
@@ -78,11 +78,11 @@ def _behind(network: Network, pair: tuple[int, int]) -> tuple[Network, float]:
     last = network.nodes[-1]
     row = rows_of(torch.tensor([pair], device=network.device), network)
     size = row.abs()
-    if isinstance(last, Affine):
-        network = Network(network.nodes[: last.source + 1])
+    if last.map is not None:
+        network = Network(network.nodes[: last.sources[0] + 1])
         # A sum of at most m terms an entry, in whatever order.
-        error = gamma(last.operator.shape[0] + 8) * last.operator.abs().transpose()(size)
-        row = last.operator.transpose()(row)
+        error = gamma(last.map.shape[0] + 8) * last.map.abs().transpose()(size)
+        row = last.map.transpose()(row)
         size = (row.abs() + error) * (1 + 4 * UNIT)
     return network, norm_up(size.flatten(), 2)
 

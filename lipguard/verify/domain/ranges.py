@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lipguard.certificate import Ball, Box, Domain
 from lipguard.errors import NotCertified
-from lipguard.network import Activation, Affine, Input, Network, Operator, Sum
+from lipguard.network import Activation, Affine, Network, Operator, Sum
 from lipguard.rounding import TINY, UNIT, gamma
 from lipguard.verify.domain.relaxation import Intervals, Lines
 
@@ -206,9 +206,11 @@ class Propagation:
         alphas, betas = [empty], [empty]
         for i in self.network.activations:
             node = self.network.nodes[i]
-            assert isinstance(node, Activation)
-            low, high = node.function.slope_range(self.lower[node.source], self.upper[node.source])
-            alpha, beta = (s.to(low) for s in node.function.slopes)
+            function, (source,) = node.elementwise, node.sources
+            if function is None:
+                raise NotCertified(f"the slopes of {node.name or f'node {i}'} on a domain are not known.")
+            low, high = function.slope_range(self.lower[source], self.upper[source])
+            alpha, beta = (s.to(low) for s in function.slopes)
             alphas.append(torch.maximum(low, alpha).expand(count, -1))
             betas.append(torch.minimum(high, beta).expand(count, -1))
         return torch.cat(alphas, 1), torch.cat(betas, 1)
@@ -276,8 +278,8 @@ def _linear(partial: Propagation, node: int) -> tuple[Tensor, Tensor]:
     """Range of a node's values by linear propagation alone."""
     size, known = partial.network.sizes[node], partial.network.nodes[node]
     # An affine map of a box has the same range either way.
-    direct = isinstance(known, Affine) and known.source == 0 and not bool(partial.regions.radius.isfinite().any())
-    if size > _LARGEST or direct or isinstance(known, Input):
+    boxes = not bool(partial.regions.radius.isfinite().any())
+    if size > _LARGEST or not known.sources or (known.map is not None and known.sources == (0,) and boxes):
         return partial.lower[node], partial.upper[node]
     eye = torch.eye(size, dtype=torch.float64, device=partial.regions.lower.device)
     both = partial.largest(node, torch.cat([eye, -eye])[None])

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lipguard.network import Implicit, Network, Operator
+from lipguard.network import Network, Operator
 from lipguard.verify.enclosed import Enclosed
 from lipguard.verify.lmi.composed import Composed
 
@@ -117,8 +117,8 @@ def feedback_form(network: Network, precise: bool = False) -> Form:
     for i, k in position.items():
         node = network.nodes[i]
         blocks += place(offset[k], combos[node.sources[0]])
-        if isinstance(node, Implicit):
+        if node.loop is not None:
             own_place = slice(offset[k], offset[k] + size[k])
-            blocks.append(Block(own_place, own_place, Enclosed(node.operator.dense())))
+            blocks.append(Block(own_place, own_place, Enclosed(node.loop.dense())))
     out = tuple(place(0, combos[-1]))
     return Form(tuple(blocks), out, n, network.inputs, network.outputs, *widened(*network.slopes()))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lipguard.certificate import Ball, Domain
 from lipguard.errors import UnsupportedQuery
-from lipguard.network import Activation, Affine, Coupled, Dense, Implicit, Index, Input, Network, Node, Sum
+from lipguard.network import Activation, Affine, Dense, Index, Input, Network, Node, Sum
 from lipguard.network.activations import PiecewiseLinear
 from lipguard.verify.domain.ranges import Regions
 from lipguard.verify.enclosed import Enclosed
@@ -119,9 +119,9 @@ def phase_form(network: Network, domain: Domain | None) -> PhaseForm:
         UnsupportedQuery: an activation is not piecewise linear, the domain is R^d and a break point is not 0, or a sort
             has too many entries.
     """
-    if any(isinstance(node, Implicit) for node in network.nodes):
+    if any(node.loop is not None for node in network.nodes):
         raise UnsupportedQuery("an implicit layer has no phases that its input alone decides.")
-    precise = any(isinstance(node, Coupled) for node in network.nodes)
+    precise = any(node.coupling is not None for node in network.nodes)
     network = _on_cpu(neurons_only(network))
     d = network.inputs
     functions = tuple(_function(network, i) for i in network.activations)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lipguard.certificate import ChannelMultipliers
 from lipguard.errors import NotCertified
-from lipguard.network import Implicit, Network
+from lipguard.network import Network
 from lipguard.rounding import sqrt_up
 from lipguard.verify.lmi.elimination import Elimination
 from lipguard.verify.rewriting import neurons_only
@@ -37,7 +37,7 @@ def check_channels(network: Network, evidence: ChannelMultipliers, norm: tuple[f
         raise NotCertified(f"multipliers prove bounds from 2-norm to 2-norm, not {norm}.")
     if not (0 < evidence.rho < math.inf):
         raise NotCertified(f"rho = {evidence.rho:g} scales nothing.")
-    if any(isinstance(node, Implicit) for node in network.nodes):
+    if any(node.loop is not None for node in network.nodes):
         raise NotCertified("an implicit layer on a torus is not known.")
     network = neurons_only(network)
     activations, nodes = set(network.activations), set(range(len(network.nodes)))
