@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import architectures as made
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 import lipguard as lg
 from lipguard import errors
 from lipguard.capture import network_of
-from tests import architectures as made
 
 
 class Two(nn.Module):
