@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lipguard.bounds.measuring import Settings
 from lipguard.bounds.slopes import has_implicit, timed, unproved
 from lipguard.bounds.solving import solved
 from lipguard.certificate import Certificate, Domain, LocalMultipliers, Query, Slopes
@@ -43,17 +44,9 @@ _MOSTLY_FREE = 0.5
 """Share of the slopes' widths from which the local program is about the global one, which is then solved as well."""
 
 
-class SlopeRestricted(Protocol):
+class SlopeRestricted(Settings, Protocol):
     """What is read of a semidefinite method here: its options, and the bound on all of R^d."""
 
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def tied(self) -> bool: ...  # noqa: D102
-    @property
-    def solver(self) -> str: ...  # noqa: D102
-    @property
-    def tol(self) -> float: ...  # noqa: D102
     @property
     def time_limit(self) -> float | None: ...  # noqa: D102
     def __call__(self, network: Network, query: Query) -> tuple[Certificate, object]: ...  # noqa: D102

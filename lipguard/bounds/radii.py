@@ -29,7 +29,7 @@ class Proofs:
 
     Attributes:
         digest: of the network.
-        x, y, box: samples (B, d), classes (B,), and the inputs there are.
+        x, y, box: samples (B, d), classes (B,), and the box of all possible inputs.
         constants: on R^d; None where there are none.
         reached: radii that the constants prove of each difference, (B, m - 1).
         multipliers: for each sample by the other class, (n,).

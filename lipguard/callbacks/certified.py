@@ -45,7 +45,7 @@ class CertifiedAccuracy(Callback):
     Args:
         eps: radius, or several, in the units of the network's input.
         method: as for `lipguard.certify`: "local", "global" or "spectral".
-        box: the inputs there are, [0, 1] for images.
+        box: all possible inputs, [0, 1] for images.
         every_n_epochs: certify in the validation of every n-th epoch.
         max_samples: samples at most, of each process.
         seconds: time budget of one validation.
