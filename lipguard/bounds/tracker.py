@@ -162,7 +162,7 @@ class Tracker:
 
     def _measure(self, seconds: float | None, floor: float) -> tuple[float, float]:
         began = time.perf_counter()
-        network, query = network_of(self.model, self._query), self._query.of_network()
+        network, query = network_of(self.model, self._query, repeated=True), self._query.of_network()
         if self.domain is not None:
             self.domain.bounds(network.inputs)
         method = self._chosen if self._chosen is not None else self._choose(network)

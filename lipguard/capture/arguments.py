@@ -27,12 +27,18 @@ class Call:
         args, kwargs: the arguments, each tensor that has a batch dimension cut to its first row.
         path: where the tensor that varies stands.
         batched: where the held tensors stand whose first row is repeated for every sample.
+        rows: samples of the example.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     path: Path
     batched: frozenset[Path]
+    rows: int = 1
+
+    def whole(self, given: Arguments) -> Call:
+        """The same call as a function of the whole example, which is one sample: no tensor is cut to its first row."""
+        return Call(given.args, given.kwargs, self.path, frozenset())
 
     @property
     def row(self) -> Tensor:
@@ -92,7 +98,7 @@ class Arguments:
         # A tensor of as many rows is a batch like the chosen one: (B,) times, (B, n) contexts. Others are of no batch.
         batched = frozenset(p for p, t in tensors.items() if p != path and t.ndim and len(t) == rows)
         args, kwargs = _mapped((self.args, self.kwargs), lambda p, t: t[:1] if p == path or p in batched else t)
-        return Call(args, kwargs, path, batched)
+        return Call(args, kwargs, path, batched, rows)
 
     def first(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments (args, kwargs), every tensor of a batch cut to its first row."""

@@ -1,30 +1,24 @@
-"""nn.Module -> Network: run the module's forward once, lower every call, compare the result with the module itself."""
+"""nn.Module -> Network: run the module's forward, lower every call, and check the reading; see `lipguard.capture.readings`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from lipguard.capture.arguments import Arguments, Call, arguments_of, called, described, required
-from lipguard.capture.frozen import frozen, intercepted
+from lipguard.capture.arguments import Arguments, arguments_of, called
+from lipguard.capture.frozen import frozen
+from lipguard.capture.readings import Reader, checked, named_tensors
 from lipguard.capture.rules.registry import load, lowers
-from lipguard.capture.selection import choose, embed, parts, select
-from lipguard.capture.simplify import simplify
-from lipguard.capture.trace import Trace, Tracer
+from lipguard.capture.selection import embed, parts, select
 from lipguard.errors import InvalidExample, InvalidModel, LipguardError, UnknownName, UnsupportedLayer, UnsupportedQuery
 from lipguard.network import Network
 from lipguard.query import Inputs, Outputs, Query
 
 __all__ = ["capture", "lowers", "network_of"]
-
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Allowed difference between network and module, relative to the largest value inside the network, by the dtype that
-the module computes in. Far above the rounding of ordinary networks (some hundred units of roundoff), far below what a
-dropped layer changes; half precision is compared in float64 whenever the module runs in it."""
 
 
 def capture(
@@ -74,9 +68,11 @@ def capture(
     return network_of(model, query, live=live)
 
 
-def network_of(model: nn.Module | Network, query: Query, *, live: bool = False) -> Network:
+def network_of(model: nn.Module | Network, query: Query, *, live: bool = False, repeated: bool = False) -> Network:
     """The network whose constant a query asks for: of its submodule, inputs and outputs; see `capture`.
 
+    Args:
+        repeated: the module is read again and again, as in training: what does not change is checked now and then only.
     Raises:
         LipguardError: as `capture`.
     """
@@ -95,7 +91,7 @@ def network_of(model: nn.Module | Network, query: Query, *, live: bool = False) 
         if query.example is None:
             raise InvalidExample("a module needs an example input, a batch (1, ...) of the shape it takes. Give example=...")
         load()
-        network = _capture(_unwrap(model), query, live, which, source)
+        network = _capture(_unwrap(model), query, live, which, source, repeated or live)
     else:
         raise InvalidModel(f"model is {type(model).__name__}; an nn.Module or a lipguard.Network is needed.")
     if matrix is not None:
@@ -103,7 +99,7 @@ def network_of(model: nn.Module | Network, query: Query, *, live: bool = False) 
     return network if functional is None else select(network, functional)
 
 
-def _capture(model: nn.Module, query: Query, live: bool, which: str | None, source: int | str | None) -> Network:
+def _capture(model: nn.Module, query: Query, live: bool, which: str | None, source: int | str | None, repeated: bool) -> Network:
     _check(model)
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -116,10 +112,19 @@ def _capture(model: nn.Module, query: Query, live: bool, which: str | None, sour
             part, root = _find(model, query.submodule), f"model.{query.submodule}"
             given = _arriving(model, part, given) or _arguments(part, query.example)
         call = given.of(source, f"{root} ({type(part).__name__})")
-        generator = torch.Generator("cpu").manual_seed(0)
-        network = _trace(part, call, _two(call, generator), live, root, which)
-        _compare(network, part, call, _two(call, generator), root, which)
-    return network
+        reader = Reader(part, call, 0, root, which)
+        try:
+            network = reader.read(call.row, live).network
+        except InvalidExample:
+            # Written for one vector, the example is one sample as a whole, such as a column (n, 1).
+            reader = Reader(part, call.whole(given), None, root, which)
+            try:
+                network = reader.read(reader.call.row, live).network
+            except LipguardError:
+                network = None
+            if network is None:
+                raise
+        return checked(reader, network, repeated)
 
 
 def _arguments(module: nn.Module, example: Any) -> Arguments:
@@ -129,94 +134,6 @@ def _arguments(module: nn.Module, example: Any) -> Arguments:
             "Give torch.as_tensor(example) for an array, torch.zeros(1, 4) where only the shape (4,) of one input is known."
         )
     return arguments_of(module, example)
-
-
-def _two(call: Call, generator: torch.Generator) -> Tensor:
-    """Two samples: the example's first row, and that with noise."""
-    return torch.cat([call.row, _perturbed(call.row, generator)])
-
-
-def _trace(module: nn.Module, call: Call, batch: Tensor, live: bool, root: str, which: str | None) -> Network:
-    trace = Trace(batch[0].numel(), {id(p): f"{root}.{n}" for n, p in _named_tensors(module)}, live, root)
-    with torch.set_grad_enabled(live):
-        batch = batch.clone()
-        tracer = Tracer(trace, batch)
-
-        def forward(module: nn.Module, path: str, original: Callable[..., Any]) -> Callable[..., Any]:
-            path = ".".join(p for p in path.split(".") if p != "_orig_mod")
-
-            def run(*args: Any, **kwargs: Any) -> Any:
-                with trace.inside(path, module):
-                    return tracer.module(module, original, args, kwargs)
-
-            return run
-
-        args, kwargs = call.at(batch)
-        with intercepted(module, forward), tracer:
-            output = _run(module, args, kwargs, root)
-    output = choose(output, which, f"{root} ({type(module).__name__})")
-    node = tracer.node(output)
-    if node is None:
-        raise UnsupportedLayer(
-            f"{root} ({type(module).__name__}): its output was not computed from the input by torch calls that can be followed."
-        )
-    return simplify(trace.nodes, node)
-
-
-def _compare(network: Network, module: nn.Module, call: Call, batch: Tensor, root: str, which: str | None) -> None:
-    """Raise unless network and module agree on two samples, in float64 if the module runs in it, else in its own dtype."""
-    with torch.no_grad():
-        values = network.values(batch.detach().flatten(1))
-        if not bool(values[-1].isfinite().all()):
-            raise InvalidModel(f"{root}: its weights are so large that its values overflow float64. Rescale the layers.")
-        scale = 1e-300 + max(float(v.abs().max()) for v in values if v.numel())
-        casts = {n: t.detach().double() for n, t in _named_tensors(module) if t.is_floating_point()}
-
-        def own() -> Any:
-            args, kwargs = call.at(batch.clone())
-            return module(*args, **kwargs)
-
-        references: list[tuple[Callable[[], Any], float]] = [
-            (lambda: torch.func.functional_call(module, casts, *call.at(batch.double())), _TOLERANCE[torch.float64]),
-            (own, _TOLERANCE.get(batch.dtype, 1e-4)),
-        ]
-        failure: Exception | None = None
-        worst = "it cannot be run again"
-        for reference, tolerance in references:
-            try:
-                output = choose(reference(), which, root)
-            except Exception as error:  # in float64 a module may refuse to run; its own dtype then decides
-                failure = error
-                continue
-            if output.numel() != values[-1].numel():
-                continue
-            difference = float((output.flatten(1) if output.ndim > 1 else output[:, None]).sub(values[-1]).abs().max())
-            if difference <= tolerance * scale:
-                return
-            worst = f"it differs by {difference:.3g}"
-    raise UnsupportedLayer(
-        f"{root} ({type(module).__name__}) does something that capture misreads: on a random input {worst} from the captured "
-        "network. Look for hooks that change outputs, randomness, or state; or bound a submodule with submodule=...."
-    ) from failure
-
-
-def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], root: str) -> Any:
-    try:
-        return module(*args, **kwargs)
-    except LipguardError:
-        raise
-    except Exception as error:
-        missing = required(module)
-        if missing and len(args) + len(kwargs) < len(missing):
-            raise InvalidExample(
-                f"{root} ({type(module).__name__}) takes {len(missing)} inputs ({', '.join(missing)}); a Lipschitz constant is "
-                f"that of a function of one, the others being held fixed. Give example=({', '.join(missing)}), a tuple of all of "
-                f"them, and choose one with inputs={missing[0]!r}."
-            ) from error
-        given = args[0] if len(args) == 1 and not kwargs else (*args, *kwargs.values())
-        raise InvalidExample(
-            f"{root} ({type(module).__name__}) fails on an example {described(given)}: {type(error).__name__}: {error}"
-        ) from error
 
 
 class _Arrived(Exception):
@@ -261,17 +178,8 @@ def _unwrap(module: nn.Module) -> nn.Module:
 
 
 def _check(model: nn.Module) -> None:
-    for name, tensor in _named_tensors(model):
+    for name, tensor in named_tensors(model):
         if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
             raise InvalidModel(f"model.{name} is not initialised yet. Run the lazy module once on an example.")
         if tensor.is_meta:
             raise InvalidModel(f"model.{name} is on the meta device and has no values. Load the weights first.")
-
-
-def _perturbed(row: Tensor, generator: torch.Generator) -> Tensor:
-    noise = torch.randn(row.shape, generator=generator, dtype=torch.float64, device="cpu")
-    return row + (noise * max(float(row.abs().max()), 1.0)).to(row)
-
-
-def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(), *module.named_buffers()]

@@ -37,6 +37,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
                 stack.enter_context(torch.autocast(kind, enabled=False))
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if any(module.training for module in modules):
+            model.eval()  # a class may do more than set its mode: merge weights, or forget those it kept
         for module in modules:
             module.__dict__["training"] = False
         yield
@@ -46,22 +48,16 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def intercepted(model: nn.Module, forward: Callable[[nn.Module, str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     """Every submodule's forward replaced by forward(module, path, original); call it inside `frozen`, which undoes it.
 
-    Hooks are left out, but for those of torch's own reparametrizations (old weight_norm, spectral_norm, pruning), which
-    compute the weight. A hook that changes an output is thus not followed; the comparison with the module's own output,
-    in which hooks run as deployed, finds it.
+    Forward hooks and pre-hooks stay: they run when deployed, and what they change is part of the function. Backward hooks
+    are left out: they change gradients alone.
     """
     saved = [(m, dict(m.__dict__)) for m in model.modules()]
     try:
         for path, module in model.named_modules():
             state = module.__dict__
-            if state.get("_forward_hooks") or state.get("_backward_hooks") or state.get("_backward_pre_hooks"):
-                state["_forward_hooks"] = OrderedDict()
-                state["_backward_hooks"] = OrderedDict()
-                state["_backward_pre_hooks"] = OrderedDict()
-            if state.get("_forward_pre_hooks"):
-                state["_forward_pre_hooks"] = OrderedDict(
-                    (k, hook) for k, hook in state["_forward_pre_hooks"].items() if _computes_weight(hook)
-                )
+            for hooks in ("_backward_hooks", "_backward_pre_hooks"):
+                if state.get(hooks):
+                    state[hooks] = OrderedDict()
             state["_compiled_call_impl"] = None
             original = module.__dict__.get("_orig_mod") or module._modules.get("_orig_mod") or module.forward
             state["forward"] = forward(module, path, original)
@@ -70,8 +66,24 @@ def intercepted(model: nn.Module, forward: Callable[[nn.Module, str, Callable[..
         _restore_attributes([(m, attributes, None) for m, attributes in saved])
 
 
-def _computes_weight(hook: object) -> bool:
-    return type(hook).__module__ in ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm", "torch.nn.utils.prune")
+@contextmanager
+def in_precision(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Every floating parameter and buffer in another precision; call it inside `frozen`.
+
+    `torch.func.functional_call` leaves a module that stands at two places in the other precision: it swaps it twice.
+    """
+    stores: list[dict[str, Any]] = [store for m in model.modules() for store in (m._parameters, m._buffers)]
+    saved = [dict(store) for store in stores]
+    casts: dict[int, Tensor] = {}
+    try:
+        for store in stores:
+            for name, tensor in store.items():
+                if tensor is not None and tensor.is_floating_point():
+                    store[name] = casts.setdefault(id(tensor), tensor.detach().to(dtype))
+        yield
+    finally:
+        for store, before in zip(stores, saved, strict=True):
+            _restore(store, before)
 
 
 def _restore_attributes(attributes: list[tuple[nn.Module, dict[str, Any], Any]]) -> None:

@@ -1,7 +1,7 @@
 """Calls that move, drop, repeat or join entries: slices, permutations, padding, nearest upsampling, concatenation.
 
 Such a call is run once more, on codes: numbers that say which entry of which sample stands where. What comes out is the
-index, and whether a sample's entries ever reach another sample is seen, not assumed.
+index, and along which dimension the samples lie. Whether a sample's entries ever reach another sample is seen, not assumed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from lipguard.capture.rules.registry import lowers
-from lipguard.capture.trace import Trace, Value
+from lipguard.capture.trace import BatchMoved, Placed, Trace, Value
 from lipguard.network.operators import Index
 
 _MOVES: dict[str, Callable[..., Any]] = {
@@ -32,9 +32,10 @@ _MOVES: dict[str, Callable[..., Any]] = {
         "adjoint", "broadcast_to", "chunk", "diagonal", "expand", "flip", "fliplr", "flipud", "gather", "hsplit", "index_select",
         "moveaxis", "movedim", "narrow", "permute", "repeat", "repeat_interleave", "roll", "rot90", "select", "split",
         "split_with_sizes", "swapaxes", "swapdims", "t", "take_along_dim", "tensor_split", "tile", "transpose", "tril", "triu",
-        "unbind", "unfold", "unsafe_chunk", "unsafe_split", "vsplit",
+        "unbind", "unfold", "unsafe_chunk", "unsafe_split", "vsplit", "flatten", "reshape", "unflatten", "ravel", "squeeze",
+        "unsqueeze", "view_as", "reshape_as", "expand_as",
     )
-}  # fmt: skip
+} | {"view": Tensor.reshape}  # fmt: skip
 _JOINS = {
     name: getattr(torch, name)
     for name in ("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack")
@@ -42,13 +43,35 @@ _JOINS = {
 
 
 def rearranged(trace: Trace, x: Value, move: Callable[[Tensor], Any], fill: float = 0.0) -> int | tuple[int, ...]:
-    """The value after a function that only moves entries, and leaves `fill` where it put the code 0; a node for each result."""
-    rows, size = len(x.tensor), x.size
-    code = torch.arange(1, rows * size + 1, dtype=torch.float64, device=x.tensor.device)
-    moved = move(code.reshape(x.tensor.shape))
+    """The value after a function that only moves entries, and leaves `fill` where it put the code 0; a node for each result.
+
+    The samples of x and of each result lie along the first dimension.
+    """
+    results = placed(trace, x, move, fill)
+    for result in results if isinstance(results, tuple) else (results,):
+        if result.axis != 0 and x.rows > 1:
+            raise BatchMoved(f"{trace.place} moves the samples of a batch to dimension {result.axis}. Keep them the first.")
+    return tuple(result.node for result in results) if isinstance(results, tuple) else results.node
+
+
+def placed(trace: Trace, x: Value, move: Callable[[Tensor], Any], fill: float = 0.0) -> Placed | tuple[Placed, ...]:
+    """The same of a value whose samples lie along any dimension, with that of each result."""
+    moved = move(_codes(x, x.size))
     if isinstance(moved, Tensor):
-        return _emit(trace, x, _index(trace, moved, rows, size), fill)
-    return tuple(_emit(trace, x, _index(trace, part, rows, size), fill) for part in moved)
+        index, axis = _index(trace, moved, x.rows, x.size)
+        return Placed(_emit(trace, x, index, fill), axis)
+    return tuple(Placed(_emit(trace, x, index, fill), axis) for index, axis in (_index(trace, m, x.rows, x.size) for m in moved))
+
+
+def _codes(x: Value, step: int, first: int = 1) -> Tensor:
+    """Numbers in the places of x's entries: `first` and on for those of the first sample, `step` more for each further one."""
+    rows, shape = x.rows, list(x.tensor.shape)
+    axis = 0 if x.axis is None else x.axis
+    rest = shape if x.axis is None else shape[:axis] + shape[axis + 1 :]
+    each = torch.arange(first, first + x.size, dtype=torch.float64, device=x.tensor.device)
+    begin = step * torch.arange(rows, dtype=torch.float64, device=x.tensor.device)[:, None]
+    codes = (begin + each).reshape(rows, *rest)
+    return codes[0] if x.axis is None else codes.movedim(0, axis)
 
 
 def broadcast(trace: Trace, x: Value, shape: torch.Size) -> Value:
@@ -58,20 +81,32 @@ def broadcast(trace: Trace, x: Value, shape: torch.Size) -> Value:
     return trace.value(node, x.tensor.expand(shape))
 
 
-def _index(trace: Trace, moved: Tensor, rows: int, size: int) -> Tensor:
-    """The index that the codes show, the same for every sample."""
-    if moved.ndim == 0 or len(moved) != rows:
-        trace.refuse(f"gives shape {tuple(moved.shape)}: it mixes the samples of a batch, which must stay the first dimension.")
-    place = moved.reshape(rows, -1).to(torch.int64) - 1
+def _index(trace: Trace, moved: Tensor, rows: int, size: int) -> tuple[Tensor, int | None]:
+    """The index that the codes show, the same for every sample, and the dimension along which the samples lie."""
+    if moved.numel() == 0:
+        trace.refuse("selects nothing.")
     if not bool((moved == moved.round()).all()):
         trace.refuse("computes with its entries, where it should only move them.")
-    start = size * torch.arange(rows, device=place.device)[:, None]
-    index = torch.where(place < 0, place, place - start)
-    if index.numel() == 0:
-        trace.refuse("selects nothing.")
-    if not bool(((index >= -1) & (index < size) & (index == index[:1]) & ((place < 0) | (place >= start))).all()):
-        trace.refuse("mixes the samples of a batch, or treats them differently.")
-    return index[0].clone()
+    place = moved.to(torch.int64) - 1
+    if rows == 1:
+        return place.reshape(-1), 0 if place.ndim and len(place) == 1 else None
+    for axis in range(place.ndim):
+        if place.shape[axis] != rows:
+            continue
+        each = place.movedim(axis, 0).reshape(rows, -1)
+        start = size * torch.arange(rows, device=place.device)[:, None]
+        index = torch.where(each < 0, each, each - start)
+        if bool(((index >= -1) & (index < size) & (index == index[:1]) & ((each < 0) | (each >= start))).all()):
+            return index[0].clone(), axis
+    flat = place.reshape(-1)
+    parts = [flat[flat // size == r] - size * r for r in range(rows)]
+    begins = [int((flat // size == r).to(torch.int8).argmax()) for r in range(rows)]
+    if begins == sorted(set(begins)) and all(torch.equal(part, parts[0]) for part in parts):
+        raise BatchMoved(
+            f"{trace.place} gives shape {tuple(moved.shape)}, which joins the samples of a batch with another dimension. Keep "
+            "them apart, as in x.flatten(1) or x.view(x.shape[0], -1)."
+        )
+    return trace.refuse(f"gives shape {tuple(moved.shape)}: it mixes the samples of a batch, or treats them differently.")
 
 
 def _emit(trace: Trace, x: Value, index: Tensor, fill: float = 0.0) -> int:
@@ -126,12 +161,16 @@ def _depends(tree: object) -> bool:
 
 
 def _register(name: str, move: Callable[..., Any]) -> None:
-    def rule(trace: Trace, input: Value, *args: Any, **kwargs: Any) -> int | tuple[int, ...]:
+    def rule(trace: Trace, input: Value, *args: Any, **kwargs: Any) -> Placed | tuple[Placed, ...]:
+        if name.endswith("_as") and len(args) == 1 and isinstance(args[0], Value):
+            args = (args[0].tensor,)  # only its shape matters
         if not isinstance(input, Value) or _depends((args, kwargs)):
             trace.refuse("reads entries at places that depend on the input.")
-        return rearranged(trace, input, lambda code: move(code, *args, **kwargs))
+        if name == "view" and isinstance((*args, *kwargs.values())[0], torch.dtype):
+            trace.refuse("reads the bits of its input as another type: it is not a function of real numbers.")
+        return placed(trace, input, lambda code: move(code, *args, **kwargs))
 
-    lowers(name)(rule)
+    lowers(name, whole=True)(rule)
 
 
 for _name, _move in _MOVES.items():
@@ -150,22 +189,22 @@ def pad(
     return rearranged(trace, input, lambda code: F.pad(code, pad, mode=mode))
 
 
-@lowers("where")
-def where(trace: Trace, condition: Any, input: Any = None, other: Any = None) -> int:
+@lowers("where", whole=True)
+def where(trace: Trace, condition: Any, input: Any = None, other: Any = None) -> Placed:
     """Entries of one or the other, by a constant condition."""
     if isinstance(condition, Value) or input is None:
         trace.refuse("chooses by the values it is given: it jumps unless both choices agree where the choice changes.")
     return _joined(trace, [input, other], lambda parts: torch.where(condition, *parts))
 
 
-@lowers("masked_fill")
-def masked_fill(trace: Trace, input: Any, mask: Any, value: Any) -> int:
+@lowers("masked_fill", whole=True)
+def masked_fill(trace: Trace, input: Any, mask: Any, value: Any) -> Placed:
     """A number in place of the entries under a constant mask."""
     return where(trace, mask, value, input)
 
 
-@lowers("setitem", "__setitem__")
-def setitem(trace: Trace, input: Any, place: Any, value: Any) -> int:
+@lowers("setitem", "__setitem__", whole=True)
+def setitem(trace: Trace, input: Any, place: Any, value: Any) -> Placed:
     """The tensor after writing into it; `Tracer` gives it this node."""
     if _depends(place):
         trace.refuse("writes entries at places that depend on the input.")
@@ -189,20 +228,20 @@ def fold(trace: Trace, input: Value, output_size: Any, *args: Any, **kwargs: Any
 
 
 def _register_join(name: str, join: Callable[..., Tensor]) -> None:
-    def rule(trace: Trace, tensors: Any, *args: Any, **kwargs: Any) -> int:
+    def rule(trace: Trace, tensors: Any, *args: Any, **kwargs: Any) -> Placed:
         return _joined(trace, list(tensors), lambda parts: join(parts, *args, **kwargs))
 
-    lowers(name)(rule)
+    lowers(name, whole=True)(rule)
 
 
 for _name, _join in _JOINS.items():
     _register_join(_name, _join)
 
 
-def _joined(trace: Trace, parts: list[Any], join: Callable[[list[Tensor]], Tensor]) -> int:
+def _joined(trace: Trace, parts: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Placed:
     """The sum of the values, each embedded at its places; constants become a bias."""
     values = [part for part in parts if isinstance(part, Value)]
-    rows, total = len(values[0].tensor), sum(value.size for value in values)
+    rows, total = max(value.rows for value in values), sum(value.size for value in values)
     device = values[0].tensor.device
     codes: list[Tensor] = []
     constants: list[Tensor] = []
@@ -210,9 +249,7 @@ def _joined(trace: Trace, parts: list[Any], join: Callable[[list[Tensor]], Tenso
     offset = 0
     for part in parts:
         if isinstance(part, Value):
-            row = total * torch.arange(rows, dtype=torch.float64, device=device)[:, None]
-            code = row + torch.arange(offset + 1, offset + part.size + 1, dtype=torch.float64, device=device)
-            codes.append(code.reshape(part.tensor.shape))
+            codes.append(_codes(part, total, offset + 1))
             constants.append(torch.zeros(part.tensor.shape, dtype=torch.float64, device=device))
             begins.append(offset)
             offset += part.size
@@ -220,11 +257,12 @@ def _joined(trace: Trace, parts: list[Any], join: Callable[[list[Tensor]], Tenso
             part = part if isinstance(part, Tensor) else torch.tensor(part, dtype=torch.float64, device=device)
             constants.append(trace.constant(part, "constant").to(device))
             codes.append(torch.zeros_like(constants[-1]))
-    index = _index(trace, join(codes), rows, total)
+    index, axis = _index(trace, join(codes), rows, total)
     shift = None
     if len(values) < len(parts):
-        whole = join(constants).reshape(rows, -1)
+        whole = join(constants)
+        whole = whole.reshape(1, -1) if axis is None else whole.movedim(axis, 0).reshape(rows, -1)
         if not bool((whole == whole[:1]).all()):
             trace.refuse("joins a constant that treats the samples of a batch differently.")
         shift = whole[0]
-    return _gathered(trace, values, begins, index, shift)
+    return Placed(_gathered(trace, values, begins, index, shift), axis)

@@ -61,7 +61,26 @@ _ROOT = (
     "keep the value away from zero with clamp(min=...) in a layer of your own with @lowers."
 )
 
-REASONS = {
+_JUMPS = (
+    "asks a question of values that depend on the input: what is chosen by the answer jumps unless both choices agree where it "
+    "changes. Write it with relu, clamp or abs, or bound the part before it with submodule=...."
+)
+_LENGTH = (
+    "is a length, which is not a function of single entries. x -> |x| has the constant 1 in its own norm: the bound of what is "
+    "before it, submodule=..., bounds its length. x / |x| has the slope 1 / |x|, which has no bound near zero."
+)
+_SPREAD = (
+    "is the spread of the sample itself: a division by it has no bound that is useful where it vanishes. Use BatchNorm, whose "
+    "statistics are fixed, or bound the parts before and after it with submodule=...."
+)
+
+REASONS = dict.fromkeys((
+    "gt", "lt", "ge", "le", "eq", "ne", "greater", "less", "greater_equal", "less_equal", "not_equal", "__gt__", "__lt__",
+    "__ge__", "__le__", "__eq__", "__ne__", "isnan", "isinf", "isfinite", "isclose", "any", "all", "argmax", "argmin", "argsort",
+    "count_nonzero", "logical_and", "logical_or", "logical_not", "logical_xor", "__and__", "__or__", "__invert__", "nonzero",
+    "masked_select", "unique", "bincount", "histc", "searchsorted", "bucketize",
+), _JUMPS) | dict.fromkeys(("std", "var", "std_mean", "var_mean"), _SPREAD) | {
+    "norm": _LENGTH,
     "softmax": _SOFTMAX,
     "softmin": _SOFTMAX,
     "log_softmax": _LOG_SOFTMAX,

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import nn
 
 if TYPE_CHECKING:
-    from lipguard.capture.trace import Trace, Value
+    from lipguard.capture.trace import Placed, Trace, Value
 
-Rule = Callable[..., int | tuple[int, ...]]
+Rule = Callable[..., "int | Placed | tuple[int | Placed, ...]"]
 RuleT = TypeVar("RuleT", bound=Rule)
 
 _FAMILIES = (
@@ -27,7 +27,8 @@ _FAMILIES = (
 )  # fmt: skip
 
 _FUNCTIONS: dict[object, Rule] = {}
-_MODULES: dict[type[nn.Module], Rule] = {}
+_MODULES: dict[type[nn.Module], tuple[Rule, object]] = {}
+_WHOLE: set[Rule] = set()
 
 # Names under which Python's operators arrive; an in-place variant has the same rule as the plain one.
 _OPERATORS = {
@@ -40,12 +41,14 @@ _OPERATORS = {
 }  # fmt: skip
 
 
-def lowers(*keys: type[nn.Module] | Callable[..., object] | str) -> Callable[[RuleT], RuleT]:
+def lowers(*keys: type[nn.Module] | Callable[..., object] | str, whole: bool = False) -> Callable[[RuleT], RuleT]:
     """Register a lowering rule for modules, torch functions or Tensor methods.
 
     Args:
         keys: subclasses of nn.Module, torch functions (`torch.tanh` stands for `x.tanh()` and `x.tanh_()` too), or names
             of torch functions.
+        whole: the rule takes values with the samples along any dimension, and returns `Placed`. Else it gets and returns
+            values whose first dimension is the batch, of one sample where the forward computes without one.
     Returns:
         A decorator that returns the rule unchanged. A later rule for the same key replaces the earlier one.
 
@@ -66,9 +69,11 @@ def lowers(*keys: type[nn.Module] | Callable[..., object] | str) -> Callable[[Ru
     """
 
     def register(rule: RuleT) -> RuleT:
+        if whole:
+            _WHOLE.add(rule)
         for key in keys:
             if isinstance(key, type) and issubclass(key, nn.Module):
-                _MODULES[key] = rule
+                _MODULES[key] = rule, key.forward
             else:
                 _FUNCTIONS[key if isinstance(key, str) else canonical(key)] = rule
         return rule
@@ -81,9 +86,15 @@ def function_rule(key: object) -> Rule | None:
     return _FUNCTIONS.get(key)
 
 
+def takes_whole(rule: Rule) -> bool:
+    """Whether the rule takes values with the samples along any dimension."""
+    return rule in _WHOLE
+
+
 def module_rule(kind: type[nn.Module]) -> Rule | None:
-    """The rule for exactly this class: a subclass may compute something else."""
-    return _MODULES.get(kind)
+    """The rule for exactly this class, with the forward that it had: a subclass, or another forward, may compute otherwise."""
+    rule, forward = _MODULES.get(kind, (None, None))
+    return rule if rule is not None and kind.forward is forward else None
 
 
 def torch_activation(trace: Trace, x: Value, function: Callable[..., object]) -> int:

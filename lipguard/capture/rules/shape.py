@@ -1,46 +1,34 @@
-"""Calls that leave every sample's entries, read in row-major order, as they are: no node.
-
-`Trace` checks of every result that the batch dimension stays first and that no entry is lost.
-"""
+"""Calls that leave every entry what and where it is: no node."""
 
 from __future__ import annotations
 
-import torch
-
 from lipguard.capture.rules.registry import lowers
-from lipguard.capture.trace import Trace, Value
+from lipguard.capture.trace import Placed, Trace, Value
 
 
-@lowers("flatten", "reshape", "view_as", "reshape_as", "unflatten", "ravel", "squeeze", "unsqueeze", "contiguous", "clone",
-        "positive", "alias", "identity", "expand_as", "requires_grad", "cpu", "cuda")  # fmt: skip
-def same(trace: Trace, input: Value, *args: object, **kwargs: object) -> int:
-    """The same entries in the same order."""
-    return input.node
+@lowers("contiguous", "clone", "positive", "alias", "identity", "requires_grad", "cpu", "cuda", whole=True)
+def same(trace: Trace, input: Value, *args: object, **kwargs: object) -> Placed:
+    """The same entries at the same places."""
+    return Placed(input.node, input.axis)
 
 
-@lowers("to", "type_as", "float", "double", "half", "bfloat16", "type")
-def convert(trace: Trace, input: Value, *args: object, **kwargs: object) -> int:
+@lowers("to", "type_as", "float", "double", "half", "bfloat16", "type", whole=True)
+def convert(trace: Trace, input: Value, *args: object, **kwargs: object) -> Placed:
     """A change of device or floating type: the identity of the real-valued function."""
-    return input.node
+    return Placed(input.node, input.axis)
 
 
-@lowers("detach")
-def detach(trace: Trace, input: Value) -> int:
+@lowers("detach", whole=True)
+def detach(trace: Trace, input: Value) -> Placed:
     """The value itself; only its gradient differs."""
-    return input.node
+    return Placed(input.node, input.axis)
 
 
-@lowers("view")
-def view(trace: Trace, input: Value, *shape: object, **kwargs: object) -> int:
-    """view with a shape; view with a dtype reads the bits anew."""
-    if isinstance((*shape, *kwargs.values())[0], torch.dtype):
-        trace.refuse("reads the bits of its input as another type: it is not a function of real numbers.")
-    return input.node
-
-
-@lowers("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout")
-def dropout(trace: Trace, input: Value, p: float = 0.5, training: bool = True, inplace: bool = False, train: bool = True) -> int:
+@lowers("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout", whole=True)
+def dropout(
+    trace: Trace, input: Value, p: float = 0.5, training: bool = True, inplace: bool = False, train: bool = True
+) -> Placed:
     """Nothing, in evaluation."""
     if training and train and p > 0:
         trace.refuse("drops entries at random even in evaluation: it is not a function. Pass training=self.training.")
-    return input.node
+    return Placed(input.node, input.axis)

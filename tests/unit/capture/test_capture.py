@@ -6,6 +6,7 @@ import copy
 import itertools
 import random
 import time
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L  # noqa: N812
@@ -23,6 +24,7 @@ from torch.nn.utils import weight_norm as old_weight_norm
 
 import lipguard as lg
 from lipguard import errors
+from lipguard.capture import network_of
 from lipguard.capture.rules.registry import _FUNCTIONS, _MODULES
 from lipguard.capture.trace import Trace, Value
 from lipguard.network import Activation, Affine, Dense, Input, Network, Sum
@@ -379,11 +381,31 @@ def test_user_hooks_see_ordinary_tensors_and_stay() -> None:
     assert set(seen) <= {(Tensor, False)}
 
 
-def test_a_hook_that_changes_the_output_is_found() -> None:
-    model = nn.Sequential(nn.Linear(3, 3))
+def test_hooks_that_change_the_output_are_part_of_the_function() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    plain = lg.capture(model, torch.zeros(1, 3))
     model[0].register_forward_hook(lambda m, args, out: out * 2)
-    with pytest.raises(errors.UnsupportedLayer, match="capture misreads"):
-        lg.capture(model, torch.zeros(1, 3))
+    model[2].register_forward_pre_hook(lambda m, args: (args[0].clamp(max=3.0),))
+    hooked = lg.capture(model, torch.zeros(1, 3))
+    x = torch.randn(50, 3) * 10
+    assert torch.allclose(hooked(x.double()).float(), model(x), atol=1e-4)
+    assert not torch.allclose(plain(x.double()).float(), model(x), atol=1.0)
+    watched = []
+    model[1].register_forward_hook(lambda m, args, out: watched.append(out.shape))
+    assert lg.capture(model, torch.zeros(1, 3)).digest == hooked.digest and watched
+
+
+@pytest.mark.parametrize("written", [
+    lambda fc, x: fc(x)[:1], lambda fc, x: fc(x)[0], lambda fc, x: fc(x).reshape(-1), lambda fc, x: fc(x).T,
+    lambda fc, x: torch.mv(fc.weight, x[0]) + fc.bias, lambda fc, x: torch.vmap(lambda v: fc.weight @ v + fc.bias)(x),
+    lambda fc, x: fc(x.squeeze()), lambda fc, x: fc(x.T.permute(1, 0)),
+    lambda fc, x: fc(x[:, None].movedim(0, 2).movedim(2, 1)[0]),
+])  # fmt: skip
+def test_code_for_one_sample_is_the_batched_function(written: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    model = Do(written)
+    right = torch.linalg.matrix_norm(model.fc.weight.double(), 2).item()
+    assert lg.bound(model, torch.ones(1, 6)).value == pytest.approx(right, rel=1e-9)
 
 
 def test_live_weights_carry_gradients() -> None:
@@ -486,15 +508,14 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "item": (Do(lambda fc, x: fc(x) * x.max().item()), (1, 6), "lets Python read"),
     "sum": (Do(lambda fc, x: fc(x) + x.sum()), (1, 6), r"uses the result of torch\.sum, which has no rule"),
     "batch-mean": (Do(lambda fc, x: fc(x) - x.mean(0)), (1, 6), r"uses the result of torch\.mean, which has no rule"),
-    "slice": (Do(lambda fc, x: fc(x)[:1]), (1, 6), "mixes the samples of a batch"),
-    "mask": (Do(lambda fc, x: fc(x)[x > 0]), (1, 6), r"chooses by torch\.gt of a value that depends on the input: .*jumps"),
-    "where": (Do(lambda fc, x: torch.where(fc(x) > 0, x, 0)), (1, 6), r"chooses by torch\.gt"),
+    "mask": (Do(lambda fc, x: fc(x)[x > 0]), (1, 6), r"torch\.gt asks a question of values .*: .*jumps"),
+    "where": (Do(lambda fc, x: torch.where(fc(x) > 0, x, 0)), (1, 6), r"torch\.gt asks a question"),
     "length": (Do(lambda fc, x: fc(x) + x.norm(dim=1, keepdim=True)), (1, 6),
-        r"uses torch\.norm, a length.*constant 1 in its own norm"),
-    "spread": (Do(lambda fc, x: fc(x) + x.std(1, keepdim=True)), (1, 6), r"uses torch\.std of the sample itself"),
+        r"torch\.norm is a length.*constant 1 in its own norm"),
+    "spread": (Do(lambda fc, x: fc(x) + x.std(1, keepdim=True)), (1, 6), r"torch\.std is the spread of the sample itself"),
     "write": (Do(lambda fc, x: (h := fc(x), h.__setitem__(x > 0, 0.0), h)[-1]), (1, 6), "chooses by|depend on the input"),
-    "batch-lost": (Do(lambda fc, x: fc(x).reshape(-1)), (1, 6), "batch dimension must stay first"),
-    "transpose": (Do(lambda fc, x: fc(x).T), (1, 6), "mixes the samples of a batch"),
+    "batch-sum": (Do(lambda fc, x: fc(x) + fc(x).flip(0)), (1, 6), "for a batch of 2"),
+    "batch-wide": (Do(lambda fc, x: fc(x).reshape(-1) * len(x)), (1, 6), "are not theirs"),
     "aliased": (Do(lambda fc, x: (h := fc(x), h.view(-1, 6).relu_(), h)[-1]), (1, 6), "modified in place through another view"),
     "data": (Do(lambda fc, x: fc(x.data)), (1, 6), r"x\.data"),
     "integers": (Do(lambda fc, x: fc(x).to(torch.int64)), (1, 6), "step function"),
@@ -504,7 +525,7 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "dict": (Do(lambda fc, x: {"y": {"z": fc(x)}, "x": x}), (1, 6), r"returns dict with several tensors; .* of 'y\.z', 'x'\."),
     "nothing": (Do(lambda fc, x: fc(x).tolist if x is None else None), (1, 6), "returns NoneType; one tensor is needed"),
     "constant": (Do(lambda fc, x: torch.ones(1, 6)), (1, 6), "not computed from the input"),
-    "random": (Do(lambda fc, x: fc(x) + torch.rand(6)), (1, 6), "capture misreads"),
+    "random": (Do(lambda fc, x: fc(x) + torch.rand(6)), (1, 6), "how often it ran"),
     "scripted": (torch.jit.script(nn.Linear(3, 2)), (1, 3), "scripted"),
     "arguments": (Do(lambda fc, x: torch.tanh(fc(x), out=torch.empty(2, 6))), (1, 6), "arguments that its rule does not know"),
 }  # fmt: skip
@@ -562,15 +583,22 @@ def test_bad_examples() -> None:
 def test_capture_is_cheap() -> None:
     model = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
     example = torch.zeros(1, 784)
-    lg.capture(model, example)
-    seconds = []
-    with threadpool_limits(1):  # several spinning threads on a busy machine take 50 times longer
+    query = lg.Query(example=example)
+
+    def seconds(read: Callable[[], object]) -> float:
+        read()
+        taken = []
         for _ in range(10):
             start = time.perf_counter()
-            lg.capture(model, example)
-            seconds.append(time.perf_counter() - start)
-    # 3 to 4 ms on one free core; the allowance is for a machine that others use too
-    assert min(seconds) < 0.03
+            read()
+            taken.append(time.perf_counter() - start)
+        return min(taken)
+
+    # Several spinning threads on a busy machine take 50 times longer. 20 ms, and 3 in training, on one free core; the
+    # allowance is for a machine that others use too.
+    with threadpool_limits(1):
+        assert seconds(lambda: network_of(model, query, repeated=True)) < 0.03
+        assert seconds(lambda: lg.capture(model, example)) < 0.2
 
 
 def test_sum_of_the_same_value() -> None:

@@ -1,0 +1,291 @@
+"""Reading a module once, and being sure of it: more readings that must give the same network, and the module's own results.
+
+One reading follows every operation on one sample. What depends on the size of the batch, on values or on the number of calls
+shows as another network when two or three samples of other sizes are read; what a reading could still mistake shows in the
+module's own results, see `lipguard.capture.comparison`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lipguard.capture.arguments import Call, described, required
+from lipguard.capture.comparison import Comparison
+from lipguard.capture.frozen import in_precision, intercepted
+from lipguard.capture.selection import choose
+from lipguard.capture.simplify import simplify
+from lipguard.capture.trace import BatchMoved, Trace, plain_class
+from lipguard.capture.tracer import Tracer
+from lipguard.errors import InvalidExample, InvalidModel, LipguardError, UnsupportedLayer
+from lipguard.network import Network
+
+_SIZES = ((1, 1.0), (2, 1e-3), (3, 1e3))
+"""Samples, and the size of their noise in units of the example's, of the readings that must agree."""
+
+_INTERVAL = 100
+"""Of a module that is read again and again, as in training, every so many readings are checked in full."""
+
+_ROUNDINGS = 64
+"""Units of roundoff by which the same constant may differ, computed for one sample and for several."""
+
+_SEEN: weakref.WeakKeyDictionary[nn.Module, tuple[object, int]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What one reading shows: the network, and the dimension along which the samples' results lie; None without a batch."""
+
+    network: Network
+    axis: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A module as a function of one tensor.
+
+    Attributes:
+        module: in evaluation mode, frozen.
+        call: its arguments.
+        axis: 0 where the tensor is a batch, None where it is one sample as a whole.
+        root: the module's path, for messages.
+        which: the output that is meant, see `choose`.
+    """
+
+    module: nn.Module
+    call: Call
+    axis: int | None
+    root: str
+    which: str | None
+
+    @property
+    def place(self) -> str:
+        """Path and class, for messages."""
+        return f"{self.root} ({plain_class(self.module).__name__})"
+
+    def read(self, x: Tensor, live: bool = False) -> Reading:
+        """The network that the module's forward shows on the input x.
+
+        Raises:
+            LipguardError: see `lipguard.capture`.
+        """
+        size = x.numel() if self.axis is None else x[0].numel()
+        trace = Trace(size, {id(p): f"{self.root}.{n}" for n, p in named_tensors(self.module)}, live, self.root)
+        with torch.set_grad_enabled(live):
+            x = x.clone()
+            tracer = Tracer(trace, x, self.axis)
+
+            def forward(module: nn.Module, path: str, original: Callable[..., Any]) -> Callable[..., Any]:
+                path = ".".join(p for p in path.split(".") if p != "_orig_mod")
+
+                def run(*args: Any, **kwargs: Any) -> Any:
+                    with trace.inside(path, module):
+                        return tracer.module(module, original, args, kwargs)
+
+                return run
+
+            args, kwargs = self.call.at(x)
+            with intercepted(self.module, forward), tracer.running():
+                output = run_module(self.module, args, kwargs, self.root)
+        value = tracer.value(choose(output, self.which, self.place))
+        if value is None:
+            raise UnsupportedLayer(
+                f"{self.place}: its output was not computed from the input by torch calls that can be followed."
+            )
+        return Reading(simplify(trace.nodes, value.node), value.axis)
+
+    def results(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the module itself returns for x, computed in a precision: (rows, m), or one row for one sample."""
+        with torch.no_grad():
+            args, kwargs = self.call.at(x.to(dtype, copy=True))
+            with nullcontext() if dtype == self.call.row.dtype else in_precision(self.module, dtype):
+                output = self.module(*args, **kwargs)
+        output = choose(output, self.which, self.root)
+        return output.reshape(1, -1) if len(self.rows(x)) == 1 else output.reshape(len(output) if output.ndim else 1, -1)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The inputs as rows, (rows, d), float64."""
+        return (x.reshape(1, -1) if self.axis is None else x.flatten(1)).double()
+
+    def check(self, network: Network) -> None:
+        """Raise unless further readings give the network, and the module's own results are its values.
+
+        Raises:
+            UnsupportedLayer: they do not.
+            InvalidModel: values overflow.
+        """
+        generator = torch.Generator("cpu").manual_seed(0)
+        comparison = Comparison(network)
+        overflow = True
+        batch = self.axis == 0  # whether several samples are computed as one is, each in its row
+        for count, scale in (*_SIZES, *([(self.call.rows, 1.0)] if self.call.rows > len(_SIZES) else [])):
+            x = torch.cat([_noisy(self.call.row, scale, generator) for _ in range(count if batch else 1)])
+            values = network(self.rows(x))
+            if not bool(values.isfinite().all()):
+                continue
+            overflow = False
+            own = self._own(x, values)
+            batch = batch and own is not None and self._same(network, x)
+            if own is not None and (batch or len(values) == 1):
+                self._compare(comparison, x, own)
+        if overflow:
+            raise InvalidModel(f"{self.root}: its weights are so large that its values overflow float64. Rescale the layers.")
+
+    def _own(self, x: Tensor, values: Tensor) -> Tensor | None:
+        """The module's results in its own precision; None where it is written for one sample: several are not as many rows."""
+        try:
+            output = self.results(x, self.call.row.dtype)
+        except LipguardError:
+            raise
+        except Exception as error:
+            if len(values) > 1:
+                return None
+            raise UnsupportedLayer(
+                f"{self.place} cannot be run again: {type(error).__name__}: {error}. Look for state that forward changes."
+            ) from error
+        if output.shape == values.shape:
+            return output
+        # Such code takes one of the samples, or returns all of them in another order.
+        if len(values) == 1 or not any(_reordered(output, part) for part in (values, *values)):
+            raise UnsupportedLayer(
+                f"{self.place} returns {output.numel()} entries for {len(values)} samples of {values.shape[1]}, which are not "
+                "theirs: a sample's result depends on the other samples, or on more than the input."
+            )
+        return None
+
+    def _same(self, network: Network, x: Tensor) -> bool:
+        """Raise unless the network is read again; whether the results of the samples lie in rows."""
+        try:
+            again = self.read(x)
+        except BatchMoved:
+            return True  # no sample was mixed with another as far as they were followed; the results are compared
+        except UnsupportedLayer as error:
+            if len(self.rows(x)) == 1:
+                raise
+            raise UnsupportedLayer(f"{error} (Read for a batch of {len(x)}: for one sample it could be read.)") from error
+        if not _equal(network, again.network, self.call.row.dtype):
+            raise UnsupportedLayer(
+                f"{self.place} computes one function for one input and another for {_amount(self.rows(x))}: it depends on the "
+                "size of the batch, on the values, or on how often it ran. Bound a submodule without that with submodule=...."
+            )
+        return len(self.rows(x)) == 1 or again.axis == 0
+
+    def _compare(self, comparison: Comparison, x: Tensor, own: Tensor) -> None:
+        dtype = self.call.row.dtype
+        worst = comparison.disagreement(self.rows(x), own, dtype)
+        if worst is None and dtype != torch.float64:
+            worst = self._in_double(comparison, x)
+        if worst is not None:
+            raise UnsupportedLayer(
+                f"{self.place} does something that capture misreads: on a random input it differs by {worst:.3g} from the "
+                "captured network. Look for randomness, or state that forward changes; or bound a submodule with submodule=...."
+            )
+
+    def _in_double(self, comparison: Comparison, x: Tensor) -> float | None:
+        """The same of the module's results in float64, where it is the same function there."""
+        try:
+            output = self.results(x, torch.float64)
+        except Exception:  # in float64 a module may refuse to run; its own precision has decided
+            return None
+        if output.shape != (len(self.rows(x)), comparison.network.outputs):
+            return None
+        worst = comparison.disagreement(self.rows(x), output, torch.float64)
+        if worst is None:
+            return None
+        # Weights that the forward computes, or indices, are others in another precision. Read so, it is another network.
+        with in_precision(self.module, torch.float64):
+            try:
+                double = self.read(x.double()).network
+            except LipguardError:
+                return None
+        return worst if _equal(comparison.network, double, torch.float64) else None
+
+
+def checked(reader: Reader, network: Network, repeated: bool) -> Network:
+    """The network, after its full check; of a module that is read again and again, where its structure is new or now and then.
+
+    Raises:
+        LipguardError: it does not hold.
+    """
+    if not repeated:
+        reader.check(network)
+        return network
+    structure = (reader.root, reader.which, tuple(node.structure() for node in network.nodes))
+    seen, count = _SEEN.get(reader.module, (None, 0))
+    if seen != structure or count >= _INTERVAL:
+        reader.check(network)
+        count = 0
+    _SEEN[reader.module] = structure, count + 1
+    return network
+
+
+def run_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], root: str) -> Any:
+    """The module's result.
+
+    Raises:
+        InvalidExample: it fails on the example.
+        LipguardError: as it is raised inside.
+    """
+    try:
+        return module(*args, **kwargs)
+    except LipguardError:
+        raise
+    except Exception as error:
+        missing = required(module)
+        if missing and len(args) + len(kwargs) < len(missing):
+            raise InvalidExample(
+                f"{root} ({type(module).__name__}) takes {len(missing)} inputs ({', '.join(missing)}); a Lipschitz constant is "
+                f"that of a function of one, the others being held fixed. Give example=({', '.join(missing)}), a tuple of all of "
+                f"them, and choose one with inputs={missing[0]!r}."
+            ) from error
+        given = args[0] if len(args) == 1 and not kwargs else (*args, *kwargs.values())
+        raise InvalidExample(
+            f"{root} ({type(module).__name__}) fails on an example {described(given)}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers with their names."""
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _noisy(row: Tensor, scale: float, generator: torch.Generator) -> Tensor:
+    """The row, moved by noise of the row's own size times the scale."""
+    noise = torch.randn(row.shape, generator=generator, dtype=torch.float64, device="cpu")
+    return (row.double().cpu() + noise * max(float(row.abs().max()), 1.0) * scale).to(row)
+
+
+def _reordered(output: Tensor, values: Tensor) -> bool:
+    """Whether the entries of a result are those of the values, each as often as any other, in any order."""
+    if output.numel() % values.numel():
+        return False
+    expected = values.flatten().repeat(output.numel() // values.numel()).sort().values
+    return torch.allclose(output.flatten().double().sort().values, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
+
+
+def _amount(rows: Tensor) -> str:
+    return f"{len(rows)} of them" if len(rows) > 1 else "another"
+
+
+def _equal(a: Network, b: Network, dtype: torch.dtype) -> bool:
+    """Whether two networks are the same, up to the rounding of constants that the forward computes in a precision."""
+    if len(a.nodes) != len(b.nodes):
+        return False
+    close = _ROUNDINGS * torch.finfo(dtype).eps
+    for s, t in zip(a.nodes, b.nodes, strict=True):
+        if s.structure() != t.structure():
+            return False
+        for v, w in zip(s.tensors(), t.tensors(), strict=True):
+            if v.shape != w.shape:
+                return False
+            if torch.equal(v, w):
+                continue
+            if not v.is_floating_point() or float((v - w).detach().abs().max()) > close * float(v.detach().abs().max()):
+                return False
+    return True
