@@ -114,17 +114,17 @@ def _capture(model: nn.Module, query: Query, live: bool, which: str | None, sour
         call = given.of(source, f"{root} ({type(part).__name__})")
         reader = Reader(part, call, 0, root, which)
         try:
-            network = reader.read(call.row, live).network
+            reading = reader.read(call.row, live)
         except InvalidExample:
             # Written for one vector, the example is one sample as a whole, such as a column (n, 1).
             reader = Reader(part, call.whole(given), None, root, which)
             try:
-                network = reader.read(reader.call.row, live).network
+                reading = reader.read(reader.call.row, live)
             except LipguardError:
-                network = None
-            if network is None:
+                reading = None
+            if reading is None:
                 raise
-        return checked(reader, network, repeated)
+        return checked(reader, reading, repeated)
 
 
 def _arguments(module: nn.Module, example: Any) -> Arguments:

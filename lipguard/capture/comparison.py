@@ -30,10 +30,15 @@ _SOLVED = 1e-9
 
 
 class Comparison:
-    """A network, whose values are compared with a module's results."""
+    """A network, whose values are compared with a module's results.
 
-    def __init__(self, network: Network) -> None:
-        self.network = network
+    Args:
+        network: whose values are right.
+        steps: the same network with every step that the module takes: what a fold cancels still rounds in the module.
+    """
+
+    def __init__(self, network: Network, steps: Network) -> None:
+        self.network, self.steps = network, steps
         self._maps: dict[int, tuple[Operator, Operator]] = {}
 
     def disagreement(self, x: Tensor, y: Tensor, dtype: torch.dtype) -> float | None:
@@ -49,7 +54,8 @@ class Comparison:
             return None
         x, y = x[rows].double(), y[rows].double()
         with torch.no_grad():
-            value, deviation = self.network.fold(_Rounding(x, torch.finfo(dtype).eps / 2, self._maps))[-1]
+            value, unit = self.network(x), torch.finfo(dtype).eps / 2
+            deviation = self.steps.fold(_Rounding(x, unit, self._maps))[-1][1]
         difference = (y - value).abs()
         wrong = difference > _SIGMAS * deviation + torch.finfo(torch.float64).tiny
         return float(difference[wrong].max()) if bool(wrong.any()) else None

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from lipguard.capture.simplify import simplify
 from lipguard.capture.trace import BatchMoved, Trace, plain_class
 from lipguard.capture.tracer import Tracer
 from lipguard.errors import InvalidExample, InvalidModel, LipguardError, UnsupportedLayer
-from lipguard.network import Network
+from lipguard.network import Network, Node
 
 _SIZES = ((1, 1.0), (2, 1e-3), (3, 1e3))
 """Samples, and the size of their noise in units of the example's, of the readings that must agree."""
@@ -40,10 +41,22 @@ _SEEN: weakref.WeakKeyDictionary[nn.Module, tuple[object, int]] = weakref.WeakKe
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What one reading shows: the network, and the dimension along which the samples' results lie; None without a batch."""
+    """What one reading shows.
 
-    network: Network
+    Attributes:
+        nodes: all that were emitted.
+        output: index of the one that holds the output.
+        axis: dimension along which the samples' results lie; None without a batch.
+    """
+
+    nodes: tuple[Node, ...]
+    output: int
     axis: int | None
+
+    @cached_property
+    def network(self) -> Network:
+        """The network, its affine maps folded."""
+        return simplify(self.nodes, self.output)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +111,7 @@ class Reader:
             raise UnsupportedLayer(
                 f"{self.place}: its output was not computed from the input by torch calls that can be followed."
             )
-        return Reading(simplify(trace.nodes, value.node), value.axis)
+        return Reading(tuple(trace.nodes), value.node, value.axis)
 
     def results(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """What the module itself returns for x, computed in a precision: (rows, m), or one row for one sample."""
@@ -113,15 +126,16 @@ class Reader:
         """The inputs as rows, (rows, d), float64."""
         return (x.reshape(1, -1) if self.axis is None else x.flatten(1)).double()
 
-    def check(self, network: Network) -> None:
-        """Raise unless further readings give the network, and the module's own results are its values.
+    def check(self, reading: Reading) -> None:
+        """Raise unless further readings give the network of this one, and the module's own results are its values.
 
         Raises:
             UnsupportedLayer: they do not.
             InvalidModel: values overflow.
         """
         generator = torch.Generator("cpu").manual_seed(0)
-        comparison = Comparison(network)
+        network = reading.network
+        comparison = Comparison(network, simplify(reading.nodes, reading.output, fold=False))
         overflow = True
         batch = self.axis == 0  # whether several samples are computed as one is, each in its row
         for count, scale in (*_SIZES, *([(self.call.rows, 1.0)] if self.call.rows > len(_SIZES) else [])):
@@ -207,19 +221,20 @@ class Reader:
         return worst if _equal(comparison.network, double, torch.float64) else None
 
 
-def checked(reader: Reader, network: Network, repeated: bool) -> Network:
-    """The network, after its full check; of a module that is read again and again, where its structure is new or now and then.
+def checked(reader: Reader, reading: Reading, repeated: bool) -> Network:
+    """The network of a reading after its full check, which is made now and then where a module is read again and again.
 
     Raises:
         LipguardError: it does not hold.
     """
+    network = reading.network
     if not repeated:
-        reader.check(network)
+        reader.check(reading)
         return network
     structure = (reader.root, reader.which, tuple(node.structure() for node in network.nodes))
     seen, count = _SEEN.get(reader.module, (None, 0))
     if seen != structure or count >= _INTERVAL:
-        reader.check(network)
+        reader.check(reading)
         count = 0
     _SEEN[reader.module] = structure, count + 1
     return network

@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from lipguard.network import Affine, Network, Node
 
 
-def simplify(nodes: Sequence[Node], output: int) -> Network:
+def simplify(nodes: Sequence[Node], output: int, fold: bool = True) -> Network:
     """The network of the nodes that `output` needs.
 
     A diagonal map (BatchNorm, a scaling, an added constant) whose source is an affine map that nothing else reads is
     folded into it, if that is a matrix, another diagonal, or a convolution and the diagonal has one factor a channel. Two
     moves of entries behind each other become one.
+
+    Args:
+        fold: else every node stays.
     """
     needed = {output}
     for i in range(output, -1, -1):
@@ -25,7 +28,7 @@ def simplify(nodes: Sequence[Node], output: int) -> Network:
     place: dict[int, int] = {}
     for i in sorted(needed):
         node = nodes[i]
-        if node.map is not None and readers[node.sources[0]] == 1:
+        if fold and node.map is not None and readers[node.sources[0]] == 1:
             before = place[node.sources[0]]
             folded = _folded(kept[before], node)
             if folded is not None:
