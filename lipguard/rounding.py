@@ -28,6 +28,38 @@ def gamma(n: int) -> float:
     return nu * (1 + 2 * nu)
 
 
+def compounded(*radii: float) -> float:
+    """(1 + r_1) (1 + r_2) ... - 1 for relative radii r >= 0, rounded up; nothing rounds where at most one is not 0."""
+    total = 0.0
+    for radius in (r for r in radii if r):
+        total = up(up(total + radius) + up(total * radius)) if total else radius
+    return total
+
+
+def powers_of_two(x: Tensor) -> bool:
+    """Whether every entry is 0 or a power of two, of either sign: products with them are exact in the normal range."""
+    return bool((x.frexp().mantissa.abs().eq(0.5) | (x == 0)).all())
+
+
+def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a + b rounded, and what the rounding lost, exactly (Knuth)."""
+    s = a + b
+    other = s - a
+    return s, (a - (s - other)) + (b - other)
+
+
+FLUSHED = (
+    "torch flushes denormal numbers to 0 here, so that numbers below the normal range are lost; bounds are of the stored weights. "
+    "Call torch.set_flush_denormal(False) before."
+)
+"""What to say where `flushes_denormals`."""
+
+
+def flushes_denormals() -> bool:
+    """Whether this thread's arithmetic takes numbers below the normal range for 0 (`torch.set_flush_denormal(True)`)."""
+    return not bool((torch.tensor([TINY / 2], dtype=torch.float64, device="cpu") * 1.0).any())
+
+
 def up(x: float, ulps: int = 1) -> float:
     """x moved up by `ulps` floating-point numbers."""
     for _ in range(ulps):

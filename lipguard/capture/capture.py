@@ -17,6 +17,7 @@ from lipguard.capture.selection import embed, parts, select
 from lipguard.errors import InvalidExample, InvalidModel, LipguardError, UnknownName, UnsupportedLayer, UnsupportedQuery
 from lipguard.network import Network
 from lipguard.query import Inputs, Outputs, Query
+from lipguard.rounding import FLUSHED, flushes_denormals
 
 __all__ = ["capture", "lowers", "network_of"]
 
@@ -58,7 +59,8 @@ def capture(
         UnsupportedLayer: a call has no rule, or the module does something that capture would misread.
         UnknownName: there is no such submodule.
         UnsupportedQuery: `outputs` or `inputs` does not fit the network.
-    Rounding: products of constants (a folded BatchNorm) are rounded to float64 once; the network is the certified object.
+    Rounding: what the module computes from weights alone is taken bit for bit. Constants folded along the data path (BatchNorm,
+    x / 3, a bias behind a scaling) are enclosed: `Operator.rho` and `Affine.bias_radius` bound what they round.
     """
     if norm is not None or domain is not None:
         raise UnsupportedQuery(
@@ -90,6 +92,8 @@ def network_of(model: nn.Module | Network, query: Query, *, live: bool = False, 
     elif isinstance(model, nn.Module):
         if query.example is None:
             raise InvalidExample("a module needs an example input, a batch (1, ...) of the shape it takes. Give example=...")
+        if flushes_denormals():
+            raise InvalidModel(FLUSHED)
         load()
         network = _capture(_unwrap(model), query, live, which, source, repeated or live)
     else:

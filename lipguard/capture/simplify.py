@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from lipguard.capture.constants import Constant
 from lipguard.network import Affine, Network, Node
 
 
@@ -13,11 +14,19 @@ def simplify(nodes: Sequence[Node], output: int, fold: bool = True) -> Network:
 
     A diagonal map (BatchNorm, a scaling, an added constant) whose source is an affine map that nothing else reads is
     folded into it, if that is a matrix, another diagonal, or a convolution and the diagonal has one factor a channel. Two
-    moves of entries behind each other become one.
+    moves of entries behind each other become one. What folding rounds goes into the radii of operator and bias; maps whose
+    product would leave the range of float64 stay apart, until a later map brings it back (x * 1e-200 * 1e-200 * 1e200).
 
     Args:
         fold: else every node stays.
     """
+    found = _kept(nodes, output, fold)
+    while fold and len(found) < len(nodes):
+        nodes, found = found, _kept(found, len(found) - 1, fold)
+    return Network(tuple(found))
+
+
+def _kept(nodes: Sequence[Node], output: int, fold: bool) -> list[Node]:
     needed = {output}
     for i in range(output, -1, -1):
         if i in needed:
@@ -37,7 +46,7 @@ def simplify(nodes: Sequence[Node], output: int, fold: bool = True) -> Network:
                 continue
         place[i] = len(kept)
         kept.append(node.moved(place.__getitem__))
-    return Network(tuple(kept))
+    return kept
 
 
 def _folded(first: Node, second: Node) -> Affine | None:
@@ -48,8 +57,9 @@ def _folded(first: Node, second: Node) -> Affine | None:
     if operator is None:
         return None
     # A (W x + b) + c = A W x + (A b + c)
-    bias = second.bias
+    added = None if second.bias is None else Constant(second.bias, second.bias_radius)
     if first.bias is not None:
-        moved = second.map(first.bias)
-        bias = moved if bias is None else moved + bias
-    return Affine(first.sources[0], operator, bias, first.name)
+        moved = Constant(first.bias, first.bias_radius).through(second.map)
+        added = moved if added is None else moved + added
+    center, radius = (None, None) if added is None else (added.center, added.radius)
+    return Affine(first.sources[0], operator, center, first.name, radius)

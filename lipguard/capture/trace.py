@@ -118,9 +118,9 @@ class Trace:
         """A value for a further rule, of the shape of `tensor`."""
         return Value(node, tensor)
 
-    def affine(self, x: Value, operator: Operator, bias: Tensor | None = None) -> int:
-        """operator(x) + bias."""
-        return self._emit(Affine(x.node, operator, bias, self.path))
+    def affine(self, x: Value, operator: Operator, bias: Tensor | None = None, bias_radius: Tensor | None = None) -> int:
+        """operator(x) + bias; a rule that rounds a coefficient says so in operator.rho, one that rounds a bias in its radius."""
+        return self._emit(Affine(x.node, operator, bias, self.path, bias_radius))
 
     def activation(self, x: Value, function: Elementwise | Callable[..., object]) -> int:
         """The function on every entry of x: an `Elementwise`, or a torch function whose own rule gives one (`torch.tanh`)."""
@@ -158,6 +158,8 @@ class Trace:
         if tensor.is_complex():
             self.refuse(f"has a complex {label}.")
         plain = tensor.detach().to(torch.float64, copy=True)
+        if not tensor.is_floating_point() and bool((plain.abs() > 2.0**53).any()):
+            self.refuse(f"has a {label} of integers above 2^53, which float64 does not hold.")
         # A finite sum proves every entry finite; an infinite one may also be an overflow.
         if not bool(plain.sum().isfinite()) and not bool(plain.isfinite().all()):
             name = self._names.get(id(tensor), f"{self.path}: {label}")

@@ -73,13 +73,26 @@ class Input(Vertex):
 
 @dataclass(frozen=True, eq=False)
 class Affine(Reader):
-    """operator(value of `source`) + bias."""
+    """operator(value of `source`) + bias.
+
+    Attributes:
+        bias_radius: what is meant is some bias within this of `bias`, entry by entry, (out,); None: `bias` itself.
+    """
 
     source: int
     operator: Operator
     bias: Tensor | None = None
     name: str = ""
+    bias_radius: Tensor | None = None
     parts: ClassVar[Mapping[str, type[Part]]] = {"operator": Operator}
+
+    def __post_init__(self) -> None:
+        """Refuse a radius that is none."""
+        radius = self.bias_radius
+        if radius is not None and (
+            self.bias is None or radius.shape != self.bias.shape or not bool((radius.isfinite() & (radius >= 0)).all())
+        ):
+            raise ValueError(f"{self.name or 'an affine node'}: the radius of its bias is not one finite number >= 0 an entry.")
 
     def length(self, read: Sequence[int]) -> int:
         """Rows of the operator."""
@@ -102,8 +115,9 @@ class Affine(Reader):
         return walk.affine(i, self, *read)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Affine:
-        """Operator and bias changed."""
-        return replace(self, operator=self.operator.mapped(change), bias=None if self.bias is None else change(self.bias))
+        """Operator and bias changed, and the radius of the bias with it."""
+        bias, radius = (None if t is None else change(t) for t in (self.bias, self.bias_radius))
+        return replace(self, operator=self.operator.mapped(change), bias=bias, bias_radius=radius)
 
     @property
     def variable(self) -> bool:
@@ -131,12 +145,13 @@ class Affine(Reader):
         return self.bias is None and self.operator.weightless
 
     def structure(self) -> str:
-        """Source, operator, and whether there is a bias."""
-        return f"affine {self.source} {operator_structure(self.operator)} {self.bias is not None}"
+        """Source, operator, and whether there is a bias, and a radius of it."""
+        known = f"{self.bias is not None}{'' if self.bias_radius is None else ' enclosed'}"
+        return f"affine {self.source} {operator_structure(self.operator)} {known}"
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The operator's coefficients, then the bias."""
-        return (*self.operator.tensors(), *(() if self.bias is None else (self.bias,)))
+        """The operator's coefficients, then the bias and its radius."""
+        return (*self.operator.tensors(), *(t for t in (self.bias, self.bias_radius) if t is not None))
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,6 +300,11 @@ class Implicit(Reader):
     name: str = ""
     parts: ClassVar[Mapping[str, type[Part]]] = {"operator": Operator, "function": Elementwise}
 
+    def __post_init__(self) -> None:
+        """Refuse an operator that is only enclosed: that an equation has one solution is proved for the numbers it holds."""
+        if self.operator.rho:
+            raise ValueError(f"{self.name or 'an implicit layer'}: its operator has rho={self.operator.rho:g}, only 0 is known.")
+
     @property
     def slopes(self) -> tuple[Tensor, Tensor]:
         """The function's, as for an activation."""
@@ -361,4 +381,5 @@ def function_structure(function: Coupling) -> str:
 
 def _plain(part: object) -> list[str]:
     named = ((f.name, getattr(part, f.name)) for f in fields(part)) if is_dataclass(part) else ()
-    return [f"{name}={value!r}" for name, value in named if not isinstance(value, Tensor)]
+    # A map that is meant exactly says nothing of its radius: another one always does.
+    return [f"{name}={value!r}" for name, value in named if not isinstance(value, Tensor) and (name != "rho" or value)]

@@ -35,6 +35,9 @@ class Vertex(Part, ABC):
     bias: Tensor | None = None
     """What it adds to a linear map of what it reads, (size,)."""
 
+    bias_radius: Tensor | None = None
+    """How far what is meant may be from the bias, entry by entry, (size,); None: not at all."""
+
     parts: ClassVar[Mapping[str, type[Part]]] = {}
     """The fields that are parts themselves, and what they are."""
 

@@ -31,6 +31,7 @@ from lipguard.certificate import (
 from lipguard.errors import Contradiction, NotCertified
 from lipguard.network import Network
 from lipguard.outward import show_upper
+from lipguard.rounding import FLUSHED, flushes_denormals
 from lipguard.verify.domain.local import check_local_multipliers, check_slopes
 from lipguard.verify.domain.radii import verify_radii, verify_radius
 from lipguard.verify.lmi.multipliers import check_multipliers
@@ -158,6 +159,8 @@ def verify_local(network: Network, certificates: Sequence[Certificate]) -> list[
 
 
 def _check_digest(network: Network, certificate: Certificate) -> None:
+    if flushes_denormals():
+        raise NotCertified(FLUSHED)
     if certificate.digest != network.digest:
         raise NotCertified(
             f"the certificate is of network {certificate.digest[:12]}, this one is {network.digest[:12]}: "

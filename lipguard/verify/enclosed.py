@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lipguard.network import Operator
 from lipguard.network.activations import Elementwise
-from lipguard.rounding import TINY, UNIT, gamma
+from lipguard.rounding import TINY, UNIT, gamma, up
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +31,14 @@ class Enclosed:
 
     center: Tensor
     radius: Tensor | None = None
+
+    @classmethod
+    def of(cls, matrix: Tensor, rho: float = 0.0) -> Enclosed:
+        """A matrix known up to a relative radius: `operator.dense()` and `operator.rho`."""
+        if not rho:
+            return cls(matrix)
+        # One rounding of the product, or less than TINY below the normal range.
+        return cls(matrix, matrix.abs() * (rho * (1 + 4 * UNIT)) + _below(matrix != 0, 1))
 
     @classmethod
     def between(cls, low: Tensor, high: Tensor) -> Enclosed:
@@ -175,7 +183,7 @@ class Enclosed:
             radius = radius + left @ other.radius
         return Enclosed(center, radius * (1 + 4 * gamma(count + 8)))
 
-    def through(self, operator: Operator, bias: Tensor | None = None) -> Enclosed:
+    def through(self, operator: Operator, bias: Tensor | None = None, bias_radius: Tensor | None = None) -> Enclosed:
         """operator v + bias for every row v; of a matrix M, operator M is `M.mT.through(operator).mT`."""
         center, magnitude, terms = operator(self.center), operator.abs(), operator.terms
         if not terms and bias is None:  # entries are moved, nothing is added
@@ -186,15 +194,26 @@ class Enclosed:
         if bias is not None:
             center, mass = center + bias, (mass + bias.abs()) * rounds
         error = gamma(terms + 4)
-        radius = error * mass + _below(rounds, terms + 4)
+        radius = relative_error(operator, terms + 4) * mass + _below(rounds, terms + 4)
         if self.radius is not None:
             radius = radius + magnitude(self.radius)
+        if bias_radius is not None:
+            radius = radius + bias_radius
         return Enclosed(center, radius * (1 + 4 * error))
 
     def _vanishes(self, operator: Operator) -> bool:
         """Whether a product of a coefficient and an entry, neither of them 0, might be 0 in floating point."""
         numbers = (x for x in (self.center, *operator.tensors()) if x.is_floating_point())
         return any(bool(((x != 0) & (x.abs() < 2.0**-480)).any()) for x in numbers)
+
+
+def relative_error(operator: Operator, roundings: int) -> float:
+    """e such that sums of products with the operator's coefficients W, of so many roundings, are off by at most e |W| |v|.
+
+    With W~ what is meant: |fl(W v) - W~ v| <= |fl(W v) - W v| + |W - W~| |v| <= (gamma + rho) |W| |v|, and |W| is at most
+    `operator.abs()`, which is above |W~| as well: what a radius r of v adds is at most |W~| r.
+    """
+    return up(gamma(roundings) + operator.rho)
 
 
 def image(function: Elementwise, z: Enclosed) -> Enclosed:

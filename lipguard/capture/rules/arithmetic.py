@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lipguard.capture.constants import Constant, number, reciprocals
 from lipguard.capture.rules.rearrange import broadcast
 from lipguard.capture.rules.registry import lowers
 from lipguard.capture.trace import Trace, Value
+from lipguard.errors import InvalidModel
 from lipguard.network.operators import Diagonal
+from lipguard.rounding import compounded
 
 Operand = Value | Tensor | float | int
 
@@ -67,9 +70,13 @@ def div(trace: Trace, input: Operand, other: Operand, *, rounding_mode: str | No
         trace.refuse("rounds a quotient: a step function has no Lipschitz constant.")
     if isinstance(other, Value) or not isinstance(input, Value):
         return rdiv(trace, input, other)
-    if isinstance(other, Tensor):
-        return scaled(trace, input, 1 / trace.constant(other, "divisor"))
-    return scaled(trace, input, 1 / other if other else torch.inf)
+    if not isinstance(other, Tensor) and other == 1:
+        return input.node
+    divisor, rho = _number(trace, other)
+    held = torch.tensor(divisor, dtype=torch.float64) if isinstance(divisor, float) else trace.constant(divisor, "divisor")
+    if (found := reciprocals(held)) is None:
+        raise InvalidModel(f"{trace.place} divides by 0, or by a number whose reciprocal leaves the normal range of float64.")
+    return scaled(trace, input, found[0], compounded(rho, found[1]))
 
 
 @lowers("rdiv", "reciprocal")
@@ -78,16 +85,30 @@ def rdiv(trace: Trace, *_: object) -> int:
     trace.refuse("divides by a value that depends on the input: its slope has no bound near zero.")
 
 
-def scaled(trace: Trace, x: Value, factor: Tensor | float | int) -> int:
-    """factor x; no node for the factor 1."""
-    if not isinstance(factor, Tensor) and factor == 1:
+def scaled(trace: Trace, x: Value, factor: Tensor | float | int, rho: float = 0.0) -> int:
+    """factor x, the factor known up to a relative radius; no node for the factor 1."""
+    if not isinstance(factor, Tensor) and factor == 1 and not rho:
         return x.node
-    return trace.affine(x, Diagonal(trace.per_feature(factor, x), x.size))
+    factor, own = _number(trace, factor)
+    return trace.affine(x, Diagonal(trace.per_feature(factor, x), x.size, compounded(rho, own)))
 
 
 def _shifted(trace: Trace, x: Value, constant: Tensor | float | int, factor: float) -> int:
     if not isinstance(constant, Tensor) and constant * factor == 0:
         return x.node
-    shift = trace.per_feature(constant, x) * factor
+    constant, rho = _number(trace, constant)
+    factor, own = _number(trace, factor)
+    shift = trace.per_feature(constant, x).expand(x.size)
+    added = Constant(shift).through(Diagonal(shift.new_tensor(factor), x.size, compounded(rho, own)))
     one = torch.ones((), dtype=torch.float64, device=shift.device)
-    return trace.affine(x, Diagonal(one, x.size), shift.expand(x.size))
+    return trace.affine(x, Diagonal(one, x.size), added.center, added.radius)
+
+
+def _number(trace: Trace, constant: Tensor | float | int) -> tuple[Tensor | float, float]:
+    """A constant, and its relative radius: 0 but for Python's integers that float64 does not hold."""
+    if isinstance(constant, Tensor):
+        return constant, 0.0
+    try:
+        return number(constant)
+    except OverflowError as error:
+        raise InvalidModel(f"{trace.place} uses a number that is larger than every number of float64.") from error

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
+from lipguard.capture.constants import Constant
 from lipguard.capture.rules.activation import relu
 from lipguard.capture.rules.arithmetic import PRODUCT, add, scaled
 from lipguard.capture.rules.rearrange import rearranged
@@ -18,7 +18,7 @@ from lipguard.capture.rules.registry import lowers
 from lipguard.capture.trace import Trace, Value
 from lipguard.errors import InvalidExample
 from lipguard.network import smooth
-from lipguard.network.operators import Conv, Dense
+from lipguard.network.operators import Conv, Dense, Diagonal
 
 _LETTERS = string.ascii_lowercase.replace("i", "").replace("j", "").replace("k", "")[:-3]
 _CAPITALS = string.ascii_uppercase
@@ -70,11 +70,7 @@ def addmm(
         trace.refuse("mixes the samples of a batch: the rows of its right factor depend on the input.")
     node = trace.value(matmul(trace, mat1, mat2), torch.matmul(mat1.tensor, mat2) if isinstance(mat2, Tensor) else mat1.tensor)
     node = trace.value(scaled(trace, node, alpha), node.tensor)
-    if beta == 0:
-        return node.node
-    if isinstance(input, Value):
-        return add(trace, node, trace.value(scaled(trace, input, beta), input.tensor))
-    return add(trace, node, input * beta)
+    return node.node if beta == 0 else add(trace, node, input, alpha=beta)
 
 
 def _right(trace: Trace, x: Value, weight: Tensor, bias: Tensor | None) -> int:
@@ -115,17 +111,21 @@ def einsum(trace: Trace, equation: object, *operands: Any) -> int:
     x, own = operands[values[0]], terms[values[0]]
     if any(len(set(term)) < len(term) for term in (*terms, out)):
         trace.refuse("reads a diagonal by naming an index twice, which has no rule. Use torch.diagonal.")
+    constants = [(terms[i], o) for i, o in enumerate(operands) if i != values[0]]
+    if len(constants) > 1:
+        return _in_turn(trace, x, own, constants, out)
     factor, names = torch.ones((), dtype=torch.float64, device=x.tensor.device), ""
-    for i, operand in enumerate(operands):
-        if i != values[0]:
-            constant, term = trace.constant(operand, "operand"), terms[i]
-            if own[0] in term:
-                first = constant.select(term.index(own[0]), 0)
-                if not bool((constant == first.unsqueeze(term.index(own[0]))).all()):
-                    trace.refuse("treats the samples of a batch differently.")
-                constant, term = first, term.replace(own[0], "")
-            union = names + "".join(c for c in term if c not in names)
-            factor, names = torch.einsum(f"{names},{term}->{union}", factor, constant), union
+    for names, operand in constants:
+        factor = trace.constant(operand, "operand")
+        if own[0] in names:
+            first = factor.select(names.index(own[0]), 0)
+            if not bool((factor == first.unsqueeze(names.index(own[0]))).all()):
+                trace.refuse("treats the samples of a batch differently.")
+            factor, names = first, names.replace(own[0], "")
+    alone = "".join(c for c in names if c not in own and c not in out)
+    if alone:  # what is summed over the constant alone is summed behind it: by ones, exactly
+        ones = torch.ones([factor.shape[names.index(c)] for c in alone], dtype=torch.float64, device=factor.device)
+        return _in_turn(trace, x, own, [(names, factor), (alone, ones)], out)
     if out[:1] != own[0]:
         trace.refuse("mixes the samples of a batch, which must stay the first dimension.")
     sizes = dict(zip(own, x.tensor.shape, strict=True)) | dict(zip(names, factor.shape, strict=True))
@@ -147,6 +147,17 @@ def einsum(trace: Trace, equation: object, *operands: Any) -> int:
     held = (own[0], *groups, *fresh, *places)
     result = trace.value(node, x.tensor.new_empty([sizes[c] for c in held]))
     return _moved(trace, result, lambda code: code.permute([held.index(c) for c in out])).node
+
+
+def _in_turn(trace: Trace, x: Value, own: str, constants: list[tuple[str, Tensor]], out: str) -> int:
+    """The constants one after the other: what is computed of two would round, behind each other they stay as they are."""
+    (term, constant), *rest = constants
+    later = out + "".join(names for names, _ in rest)
+    middle = "".join(c for c in dict.fromkeys(own + term) if c in later)
+    sizes = dict(zip(term, constant.shape, strict=True)) | dict(zip(own, x.tensor.shape, strict=True))
+    node = einsum(trace, f"{own},{term}->{middle}", x, constant)
+    value = trace.value(node, x.tensor.new_empty([sizes[c] for c in middle]))
+    return einsum(trace, f"{','.join([middle, *(names for names, _ in rest)])}->{out}", value, *(c for _, c in rest))
 
 
 @lowers("cumsum")
@@ -184,17 +195,24 @@ def _register_cell(name: str, function: Callable[[Trace, Value], int]) -> None:
         b_ih: Tensor | None = None,
         b_hh: Tensor | None = None,
     ) -> int:
-        terms: list[Value | Tensor] = []
+        found: list[Value] = []
+        held: list[tuple[Tensor, Tensor, Tensor | None]] = []
         for x, weight, bias in ((input, w_ih, b_ih), (hx, w_hh, b_hh)):
             if isinstance(x, Value):
                 place = x.tensor.new_empty(len(x.tensor), len(weight))
-                terms.append(trace.value(linear(trace, x, weight, bias), place))
+                found.append(trace.value(linear(trace, x, weight, bias), place))
             else:
-                exact = [trace.constant(t, "constant") for t in (x, weight)]
-                terms.append(F.linear(exact[0], exact[1], None if bias is None else trace.constant(bias, "bias")))
-        total = add(trace, terms[0], terms[1])
-        held = next(term for term in terms if isinstance(term, Value))
-        return function(trace, trace.value(total, held.tensor))
+                held.append((x, weight, bias))
+        if not held:
+            return function(trace, trace.value(add(trace, found[0], found[1]), found[0].tensor))
+        [(x, weight, bias)], (value,) = held, found
+        # What a held state adds: W h + b, of which the product is a sum that rounds.
+        state = trace.per_feature(x, trace.value(value.node, x.expand(len(value.tensor), -1))).expand(x.shape[-1])
+        shift = Constant(state).through(Dense(trace.constant(weight, "weight")))
+        if bias is not None:
+            shift = shift + Constant(trace.constant(bias, "bias"))
+        one = Diagonal(torch.ones((), dtype=torch.float64, device=state.device), value.size)
+        return function(trace, trace.value(trace.affine(value, one, shift.center, shift.radius), value.tensor))
 
     lowers(name)(cell)
 

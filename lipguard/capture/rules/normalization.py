@@ -9,6 +9,8 @@ from lipguard.capture.rules.registry import lowers
 from lipguard.capture.trace import Trace, Value
 from lipguard.errors import InvalidExample, InvalidModel
 from lipguard.network.operators import Diagonal
+from lipguard.network.operators.base import product
+from lipguard.rounding import gamma
 
 
 @lowers("batch_norm")
@@ -36,15 +38,20 @@ def batch_norm(
     channels, shape = mean.shape[0], input.tensor.shape
     if len(shape) < 2 or shape[1] != channels:
         raise InvalidExample(f"{trace.place} expects {channels} channels, the example gives shape {tuple(shape)}.")
-    # gamma (x - mean) / sqrt(var + eps) + beta
-    scale = 1 / torch.sqrt(variance + eps)
+    # gamma (x - mean) / sqrt(var + eps) + beta: the sum, the root (of an error that it halves), the quotient and the product round.
+    scale, rho = 1 / torch.sqrt(variance + eps), gamma(4)
     if weight is not None:
-        scale = trace.constant(weight, "weight") * scale
-    shift = -mean * scale
-    if bias is not None:
-        shift = shift + trace.constant(bias, "bias")
-    positions = input.size // channels
-    return trace.affine(input, Diagonal(scale.repeat_interleave(positions), input.size), shift.repeat_interleave(positions))
+        made = product(trace.constant(weight, "weight"), scale)
+        if made is None:
+            raise InvalidModel(
+                f"{trace.place}: weight / sqrt(running_var + eps) leaves the range of float64. Rescale its weight."
+            )
+        scale = made[0]
+    positions, size = input.size // channels, input.size
+    one = torch.ones((), dtype=torch.float64, device=scale.device)
+    centred = trace.value(trace.affine(input, Diagonal(one, size), -mean.repeat_interleave(positions)), input.tensor)
+    shift = None if bias is None else trace.constant(bias, "bias").repeat_interleave(positions)
+    return trace.affine(centred, Diagonal(scale.repeat_interleave(positions), size, rho), shift)
 
 
 @lowers("instance_norm")

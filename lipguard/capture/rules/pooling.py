@@ -16,8 +16,12 @@ from lipguard.capture.rules.rearrange import rearranged
 from lipguard.capture.rules.registry import lowers
 from lipguard.capture.trace import UNKNOWN, Trace, Value
 from lipguard.network.operators import Conv
+from lipguard.rounding import UNIT, gamma, powers_of_two
 
 _AVERAGES: tuple[Callable[..., Tensor], ...] = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+_AVERAGED = gamma(4)
+"""Relative radius of 1 / count as torch divides a sum of one 1 and zeros: by the count, or by its sides one after the other."""
+
 _ADAPTIVE: tuple[Callable[..., Tensor], ...] = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 
 
@@ -41,9 +45,9 @@ def _register(dims: int) -> None:
             options = () if dims == 1 else (divisor_override,)
             average = _AVERAGES[dims - 1]
             return _by_matrix(
-                trace, input, dims, lambda x: average(x, kernel, steps, padded, ceil_mode, count_include_pad, *options)
+                trace, input, dims, lambda x: average(x, kernel, steps, padded, ceil_mode, count_include_pad, *options), _AVERAGED
             )
-        return _windows(trace, input, space, kernel, steps, padded, 1 / (divisor_override or math.prod(kernel)))
+        return _windows(trace, input, space, kernel, steps, padded, divisor_override or math.prod(kernel))
 
     @lowers(f"adaptive_avg_pool{dims}d")
     def adaptive_avg_pool(trace: Trace, input: Value, output_size: Any) -> int:
@@ -51,9 +55,9 @@ def _register(dims: int) -> None:
         wanted = tuple(output_size) if isinstance(output_size, list | tuple) else (output_size,) * dims
         sizes = tuple(n if m is None else int(m) for n, m in zip(space, wanted, strict=True))
         if any(n % m for n, m in zip(space, sizes, strict=True)):
-            return _by_matrix(trace, input, dims, lambda x: _ADAPTIVE[dims - 1](x, sizes))
+            return _by_matrix(trace, input, dims, lambda x: _ADAPTIVE[dims - 1](x, sizes), _AVERAGED)
         kernel = tuple(n // m for n, m in zip(space, sizes, strict=True))
-        return _windows(trace, input, space, kernel, kernel, (0,) * dims, 1 / math.prod(kernel))
+        return _windows(trace, input, space, kernel, kernel, (0,) * dims, math.prod(kernel))
 
 
 for _dims in (1, 2, 3):
@@ -76,7 +80,10 @@ def total(trace: Trace, input: Value, dim: Any = None, keepdim: bool = False, *,
 def interpolate(
     trace: Trace, input: Value, size: Any = None, scale_factor: Any = None, mode: str = "nearest", *args: Any, **kwargs: Any
 ) -> int:
-    """Nearest upsampling as an index; bilinear and the other linear modes by their matrix on one channel."""
+    """Nearest upsampling as an index; bilinear and the other linear modes by their matrix on one channel.
+
+    The weights are those that torch's own kernel computes, in float64: they are deployed, and taken bit for bit.
+    """
 
     def function(x: Tensor) -> Tensor:
         return F.interpolate(x, size, scale_factor, mode, *args, **kwargs)
@@ -101,20 +108,22 @@ def _windows(
     kernel: tuple[int, ...],
     stride: tuple[int, ...],
     padding: tuple[int, ...],
-    weight: float,
+    divisor: int,
 ) -> int:
-    """Sums over windows, times a weight, channel by channel."""
+    """Sums over windows, divided by a number, channel by channel."""
     channels, dims = x.size // math.prod(space), len(space)
     small = tuple((n + 2 * p - k) // s + 1 for n, p, k, s in zip(space, padding, kernel, stride, strict=True))
     if min(small) < 1:
         trace.refuse(f"has windows larger than its value of shape {tuple(x.tensor.shape)}.")
     # A full tensor: what is expanded cannot be written down as weights.
-    weights = torch.full((channels, 1, *kernel), weight, dtype=torch.float64, device=x.tensor.device)
-    return trace.affine(x, Conv(weights, space, small, stride, padding, (1,) * dims, channels))
+    weights = torch.full((channels, 1, *kernel), 1 / divisor, dtype=torch.float64, device=x.tensor.device)
+    # The quotient rounds once, unless it is a power of two.
+    rho = 0.0 if powers_of_two(weights) else UNIT
+    return trace.affine(x, Conv(weights, space, small, stride, padding, (1,) * dims, channels, rho=rho))
 
 
-def _by_matrix(trace: Trace, x: Value, dims: int, function: Callable[[Tensor], Tensor]) -> int:
-    """A linear function of every channel, as a kernel of the size of the image at its one place."""
+def _by_matrix(trace: Trace, x: Value, dims: int, function: Callable[[Tensor], Tensor], rho: float = 0.0) -> int:
+    """A linear function of every channel, as a kernel of the size of the image at its one place; rho as in `Operator`."""
     space = _space(trace, x, dims)
     places = math.prod(space)
     channels = x.size // places
@@ -124,7 +133,7 @@ def _by_matrix(trace: Trace, x: Value, dims: int, function: Callable[[Tensor], T
     check_size(trace, channels * matrix.numel())
     weight = matrix.repeat(channels, 1).reshape(-1, 1, *space)
     one, zero = (1,) * dims, (0,) * dims
-    return trace.affine(x, Conv(weight, space, one, one, zero, one, channels))
+    return trace.affine(x, Conv(weight, space, one, one, zero, one, channels, rho=rho))
 
 
 def _reduced(trace: Trace, x: Value, dim: Any, average: bool) -> int:
@@ -140,4 +149,4 @@ def _reduced(trace: Trace, x: Value, dim: Any, average: bool) -> int:
     node = rearranged(trace, x, lambda code: code.permute(order))
     assert isinstance(node, int)
     moved = trace.value(node, x.tensor.permute(order).flatten(1))
-    return _windows(trace, moved, (x.size,), (count,), (count,), (0,), 1 / count if average else 1.0)
+    return _windows(trace, moved, (x.size,), (count,), (count,), (0,), count if average else 1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lipguard.network.part import Part
+from lipguard.rounding import TINY, UNIT, compounded, powers_of_two
 
 if TYPE_CHECKING:
     from lipguard.network.operators.conv import Conv
@@ -18,12 +19,23 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 """(channels, *window): the entries of a value in row-major order."""
 
+LARGEST_RADIUS = 2.0
+"""Relative radii above say nothing about a coefficient. Folded constants have some units of roundoff."""
+
 
 class Operator(Part, ABC):
     """A linear map from R^in to R^out; called on rows (..., in), it returns rows (..., out).
 
     A kind of operator is a frozen dataclass, whose fields define it: tensors hold the coefficients, the rest is its structure.
     """
+
+    rho: float = 0.0
+    """Relative radius. What is meant is some W~ with |W~ - W| <= rho |W| entry by entry, W the coefficients held; 0: W itself."""
+
+    def __post_init__(self) -> None:
+        """Refuse a radius that is none."""
+        if not isinstance(self.rho, float) or not 0 <= self.rho <= LARGEST_RADIUS:
+            raise ValueError(f"an operator has rho={self.rho!r}; a relative radius is a float from 0 to {LARGEST_RADIUS:g}.")
 
     @property
     @abstractmethod
@@ -50,7 +62,7 @@ class Operator(Part, ABC):
 
     @abstractmethod
     def abs(self) -> Operator:
-        """The map with every coefficient replaced by its absolute value."""
+        """The map of upper bounds of the coefficients' absolute values, |W~| and |W|: of |W| itself where rho is 0."""
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -92,9 +104,12 @@ class Operator(Part, ABC):
         changed = {name: change(t) for name, t in parts.items() if isinstance(t, Tensor) and t.is_floating_point()}
         return replace(self, **changed) if changed else self
 
-    def scaled(self, scale: Tensor) -> Operator | None:
-        """The map followed by a diagonal one, (out,) or 0-d, where that is one operator; else None."""
-        del scale
+    def scaled(self, scale: Tensor, rho: float = 0.0) -> Operator | None:
+        """The map followed by a diagonal one, (out,) or 0-d, of relative radius rho, where that is one operator; else None.
+
+        Also None where a coefficient would leave the normal range of float64, in which alone roundings are relative.
+        """
+        del scale, rho
         return None
 
     def after(self, inner: Operator) -> Operator | None:
@@ -131,3 +146,28 @@ class Operator(Part, ABC):
         """The map as a convolution of images of these shapes, exactly; None where it is none."""
         del before, after
         return None
+
+
+def magnitude(coefficients: Tensor, rho: float) -> Tensor:
+    """Upper bounds of |c| (1 + rho) for all coefficients c; exact where rho is 0, and 0 where c is."""
+    size = coefficients.abs()
+    if not rho:
+        return size
+    # 1 + rho, its product with 1 + 4 u and the product with |c| round by u of themselves each, in all by less than 4 u; below
+    # the normal range the last one rounds by less than 2^-1074.
+    return size * ((1 + rho) * (1 + 4 * UNIT)) + (size != 0).to(size) * 2.0**-1074
+
+
+def product(a: Tensor, b: Tensor, *radii: float) -> tuple[Tensor, float] | None:
+    """Coefficients a b, and their relative radius where those of the factors are given; None where the range is left.
+
+    With a~ = a (1 + d1), b~ = b (1 + d2) and p = fl(a b) in the normal range, a b = p (1 + d3) with |d3| <= u, and d3 = 0 where a
+    factor is 0 or a power of two (Higham 2002, section 2.2): a~ b~ = p (1 + d1) (1 + d2) (1 + d3).
+    """
+    made, left, right = a * b, a.detach(), b.detach()
+    size = made.detach().abs()
+    normal = (size >= TINY) & size.isfinite()
+    if not bool((normal | (left == 0) | (right == 0)).all()):
+        return None
+    exact = powers_of_two(left) or powers_of_two(right)
+    return made, compounded(*radii, 0.0 if exact else UNIT)

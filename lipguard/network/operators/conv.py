@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from lipguard.network.operators.base import Operator, Shape
+from lipguard.network.operators.base import Operator, Shape, magnitude, product
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +25,7 @@ class Conv(Operator):
         stride, padding, dilation: one number for each dimension.
         groups: blocks of channels that do not meet.
         transposed: the adjoint, from small to large: what torch calls conv_transpose.
+        rho: relative radius of the weight.
     """
 
     weight: Tensor
@@ -35,6 +36,7 @@ class Conv(Operator):
     dilation: tuple[int, ...]
     groups: int = 1
     transposed: bool = False
+    rho: float = 0.0
 
     @property
     def channels(self) -> tuple[int, int]:
@@ -84,8 +86,8 @@ class Conv(Operator):
         return replace(self, transposed=not self.transposed)
 
     def abs(self) -> Conv:
-        """The map of the absolute values: every coefficient of the matrix is one entry of the weight."""
-        return replace(self, weight=self.weight.abs())
+        """The map of the magnitudes: every coefficient of the matrix is one entry of the weight."""
+        return replace(self, weight=magnitude(self.weight, self.rho), rho=0.0)
 
     def dense(self) -> Tensor:
         """The unrolled matrix; exact, as each of its entries is one entry of the weight."""
@@ -97,19 +99,17 @@ class Conv(Operator):
         """The weight."""
         return (self.weight,)
 
-    def scaled(self, scale: Tensor) -> Conv | None:
+    def scaled(self, scale: Tensor, rho: float = 0.0) -> Conv | None:
         """The map followed by a diagonal one, (out,) or 0-d, if that is a convolution: one factor for each output channel."""
-        if scale.ndim == 0:
-            return replace(self, weight=self.weight * scale)
-        table = scale.reshape(self.channels[1 if self.transposed else 0], -1)
-        factors = table[:, 0]
-        if not bool((table == table[:, :1]).all()):
-            return None
-        ones = [1] * len(self.large)
-        if not self.transposed:
-            return replace(self, weight=self.weight * factors.reshape(-1, 1, *ones))
-        parts = self.weight.reshape(self.groups, -1, *self.weight.shape[1:]) * factors.reshape(self.groups, 1, -1, *ones)
-        return replace(self, weight=parts.reshape(self.weight.shape))
+        # By group, channel of the small side, channel of the large side, and tap.
+        parts, factors, ones = self.weight.reshape(self.groups, -1, *self.weight.shape[1:]), scale, [1] * len(self.large)
+        if scale.ndim:
+            table = scale.reshape(self.channels[1 if self.transposed else 0], -1)
+            if not bool((table == table[:, :1]).all()):
+                return None
+            factors = table[:, 0].reshape(self.groups, *((1, -1) if self.transposed else (-1, 1)), *ones)
+        found = product(parts, factors, self.rho, rho)
+        return None if found is None else replace(self, weight=found[0].reshape(self.weight.shape), rho=found[1])
 
     @property
     def multiplications(self) -> int:

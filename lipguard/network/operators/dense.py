@@ -7,14 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lipguard.network.operators.base import Operator
+from lipguard.network.operators.base import Operator, magnitude, product
 
 
 @dataclass(frozen=True, eq=False)
 class Dense(Operator):
-    """x -> weight x, weight of shape (out, in)."""
+    """x -> weight x, weight of shape (out, in); rho is its relative radius."""
 
     weight: Tensor
+    rho: float = 0.0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -37,11 +38,11 @@ class Dense(Operator):
 
     def transpose(self) -> Dense:
         """The adjoint map."""
-        return Dense(self.weight.T)
+        return Dense(self.weight.T, self.rho)
 
     def abs(self) -> Dense:
-        """The map of the absolute values."""
-        return Dense(self.weight.abs())
+        """The map of the magnitudes."""
+        return Dense(magnitude(self.weight, self.rho))
 
     def dense(self) -> Tensor:
         """The weight itself."""
@@ -51,9 +52,10 @@ class Dense(Operator):
         """The weight."""
         return (self.weight,)
 
-    def scaled(self, scale: Tensor) -> Dense:
+    def scaled(self, scale: Tensor, rho: float = 0.0) -> Dense | None:
         """diag(scale) weight."""
-        return Dense((scale if scale.ndim == 0 else scale[:, None]) * self.weight)
+        found = product(self.weight, scale if scale.ndim == 0 else scale[:, None], self.rho, rho)
+        return None if found is None else Dense(*found)
 
     @property
     def stored(self) -> Tensor:

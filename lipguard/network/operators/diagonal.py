@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lipguard.network.operators.base import Operator, Shape
+from lipguard.network.operators.base import Operator, Shape, magnitude, product
 from lipguard.network.operators.conv import Conv
 
 
@@ -17,6 +17,7 @@ class Diagonal(Operator):
 
     scale: Tensor
     size: int
+    rho: float = 0.0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -42,8 +43,8 @@ class Diagonal(Operator):
         return self
 
     def abs(self) -> Diagonal:
-        """The map of the absolute values."""
-        return Diagonal(self.scale.abs(), self.size)
+        """The map of the magnitudes."""
+        return Diagonal(magnitude(self.scale, self.rho), self.size)
 
     def dense(self) -> Tensor:
         """The diagonal matrix."""
@@ -58,22 +59,23 @@ class Diagonal(Operator):
         return (self.scale,)
 
     def norm(self, p: float) -> float:
-        """The largest |scale|, for every p: exact."""
+        """The largest |scale| (1 + rho), for every p: exact where rho is 0."""
         del p
-        return float(self.scale.detach().abs().max())
+        return float(magnitude(self.scale.detach(), self.rho).max())
 
     def attached_norm(self, p: float) -> Tensor:
         """The largest |scale|."""
         del p
         return self.scale.abs().amax()
 
-    def scaled(self, scale: Tensor) -> Diagonal:
+    def scaled(self, scale: Tensor, rho: float = 0.0) -> Diagonal | None:
         """The product of the two scales."""
-        return Diagonal(scale * self.scale, self.size)
+        found = product(self.scale, scale, self.rho, rho)
+        return None if found is None else Diagonal(found[0], self.size, found[1])
 
     def after(self, inner: Operator) -> Operator | None:
         """What it makes of the other's coefficients; the other itself where it is the identity."""
-        return inner if self.scalar() == 1.0 else inner.scaled(self.scale)
+        return inner if self.scalar() == 1.0 and not self.rho else inner.scaled(self.scale, self.rho)
 
     @property
     def in_place(self) -> bool:
@@ -86,4 +88,5 @@ class Diagonal(Operator):
         if before != after or not bool((table == table[:, :1]).all()):
             return None
         one = (1,) * (len(before) - 1)
-        return Conv(table[:, :1].reshape(-1, 1, *one), before[1:], before[1:], one, (0,) * len(one), one, before[0])
+        kernel = table[:, :1].reshape(-1, 1, *one)
+        return Conv(kernel, before[1:], before[1:], one, (0,) * len(one), one, before[0], rho=self.rho)

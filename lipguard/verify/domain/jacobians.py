@@ -17,9 +17,10 @@ from lipguard.network import Activation, Affine, Input, Operator, Sum
 from lipguard.rounding import TINY, UNIT, gamma, prove_positive_definite, sqrt_up
 from lipguard.verify.domain.localized import ENTRIES
 from lipguard.verify.domain.ranges import Propagation
+from lipguard.verify.enclosed import relative_error
 from lipguard.verify.norms.convolution import convolution_bound
 from lipguard.verify.norms.factors import LARGEST_UNROLLED
-from lipguard.verify.norms.matrix_norm import largest_row_sum, times
+from lipguard.verify.norms.matrix_norm import enclosing, largest_row_sum, times
 
 _INFLATIONS = (1e-13, 1e-12, 1e-11, 1e-10, 1e-9, 1e-8, 1e-6)
 
@@ -58,7 +59,7 @@ def jacobian_magnitude(propagation: Propagation, rows: Tensor | None = None) -> 
         del bias
         back, magnitude = operator.transpose(), operator.abs().transpose()
         # Sums of products, in the middle and in the radius.
-        k = gamma(operator.shape[0] + 8)
+        k = relative_error(operator, operator.shape[0] + 8)
         add(source, back(mid), magnitude(rad + 2 * k * (mid.abs() + rad)) * (1 + 4 * k))
         return source
 
@@ -184,14 +185,16 @@ def _norms(operator: Operator, left: Tensor | None, right: Tensor | None) -> Ten
     """Bounds of the norms from 2 to 2 of diag(left) W diag(right), (K,), or (1,) without factors."""
     if math.prod(operator.shape) > LARGEST_UNROLLED:
         if operator.convolution is not None:
-            value = convolution_bound(operator.convolution)
+            value = enclosing(operator, convolution_bound(operator.convolution))
         else:  # ||W||_2^2 <= ||W||_1 ||W||_inf
             magnitude = operator.abs()
             value = sqrt_up(times(largest_row_sum(magnitude), largest_row_sum(magnitude.transpose())))
         return torch.tensor([value], dtype=torch.float64, device=operator.device)
     weight = operator.dense()[None]
+    # Off by rho |W| entry by entry: the norm by no more than rho times that of the magnitudes, or a little more as it is computed.
+    own = operator.rho * (1 + 2.0**-20)
     if left is None and right is None:
-        return matrix_norms(weight)
+        return (matrix_norms(weight) + own * torch.linalg.vector_norm(weight, dim=(1, 2))) * (1 + 2 * UNIT)
     count = len(left) if left is not None else len(right) if right is not None else 1
     step = max(1, ENTRIES // max(1, weight.numel()))
     found = []
@@ -201,7 +204,7 @@ def _norms(operator: Operator, left: Tensor | None, right: Tensor | None) -> Ten
             if side is not None:
                 # Each product rounds once, by u of itself: the norm by no more than u times that of the magnitudes.
                 scaled = scaled * side[start : start + step].unsqueeze(axis)
-        rounding = 4 * UNIT * torch.linalg.vector_norm(scaled, dim=(1, 2))
+        rounding = (4 * UNIT + own) * torch.linalg.vector_norm(scaled, dim=(1, 2))
         found.append(matrix_norms(scaled) + rounding)
     return torch.cat(found)
 

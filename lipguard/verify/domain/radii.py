@@ -17,7 +17,7 @@ from torch import Tensor
 from lipguard.certificate import Box, RadiusCertificate
 from lipguard.errors import InvalidDomain, NotCertified
 from lipguard.network import Network
-from lipguard.rounding import UNIT
+from lipguard.rounding import FLUSHED, UNIT, flushes_denormals
 from lipguard.verify.domain.jacobians import jacobian_magnitude, magnitude_norms
 from lipguard.verify.domain.local import of_neurons
 from lipguard.verify.domain.localized import Localized, chunk_size, localized, proves
@@ -207,6 +207,8 @@ def _proved(neurons: Network, certificates: list[RadiusCertificate], constants: 
 def _check_statement(network: Network, neurons: Network, certificate: RadiusCertificate) -> None:
     """Refuse what is no statement about this network, before anything is computed."""
     ball, label, evidence = certificate.ball, certificate.label, certificate.evidence
+    if flushes_denormals():
+        raise NotCertified(FLUSHED)
     if certificate.digest != network.digest:
         raise NotCertified(f"the certificate is of network {certificate.digest[:12]}, this one is {network.digest[:12]}.")
     if network.outputs < 2 or label not in range(network.outputs):

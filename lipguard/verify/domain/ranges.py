@@ -4,8 +4,9 @@ Linear propagation (Zhang et al. 2018, CROWN; Singh et al. 2019, DeepPoly) bound
 back through the graph: an affine map is transposed, an activation replaced by the line above or below it, and at the
 input the largest value over the domain is known. The bounds it finds for one layer give the lines of the next.
 
-Rounding. c' = fl(c W) is off by at most gamma |c| |W|, entry by entry. What multiplies c' are the network's values on the
-domain, whose magnitudes are known: |c| (|W| |v|max + |b|) times gamma bounds the effect of a whole step.
+Rounding. c' = fl(c W) is off by at most gamma |c| |W|, entry by entry, and from c W~ of the true W~ by rho |c| |W| more. What
+multiplies c' are the network's values on the domain, whose magnitudes are known: |c| (|W| |v|max + |b|) times gamma + rho bounds
+the effect of a whole step.
 
 A domain inside another with the same centre has ranges inside the other's: each line set is (`relaxation`), and so are
 intervals; therefore lines are built on the ranges of linear propagation alone, and the two are intersected afterwards.
@@ -25,6 +26,7 @@ from lipguard.errors import NotCertified
 from lipguard.network import Activation, Affine, Network, Operator, Sum
 from lipguard.rounding import TINY, UNIT, gamma
 from lipguard.verify.domain.relaxation import Intervals, Lines
+from lipguard.verify.enclosed import relative_error
 
 _LARGEST = 8192
 """Neurons of a layer up to which linear propagation is used; beyond, intervals alone."""
@@ -159,10 +161,12 @@ class Propagation:
         def through(source: int, operator: Operator, bias: Tensor | None) -> int:
             nonlocal slack
             add(source, operator.transpose()(c))
-            # c' = fl(c W) is off by at most gamma |c| |W|, and so is the sum that multiplies the bias.
-            slack = slack + gamma(operator.shape[0] + 8) * _dot(c.abs(), self.masses[i])
+            # c' = fl(c W) is off by at most (gamma + rho) |c| |W|, and the sum that multiplies the bias by gamma of its terms.
+            slack = slack + relative_error(operator, operator.shape[0] + 8) * _dot(c.abs(), self.masses[i])
             if bias is not None:
                 gather(_dot(c, bias.expand(shape[0], -1)))
+            if here.bias_radius is not None:
+                slack = slack + _dot(c.abs(), here.bias_radius.expand(shape[0], -1)) * (1 + 2 * gamma(operator.shape[0] + 8))
             return source
 
         def branch(sources: Sequence[int]) -> int:
@@ -252,7 +256,9 @@ def propagate(network: Network, regions: Regions, assumed: Assumed | None = None
             low, high, middle = _neurons(found, node, i, linear, assumed)
         else:
             read = [(found.lower[s], found.upper[s], found.center[s]) for s in node.sources]
-            low, high, middle = node.linear(read, lambda v, op, b, i=i: _affine(v, op, b, found.masses, i), _total)
+            low, high, middle = node.linear(
+                read, lambda v, op, b, i=i, r=node.bias_radius: _affine(v, op, b, r, found.masses, i), _total
+            )
         found.lower.append(low)
         found.upper.append(high)
         found.center.append(middle)
@@ -287,7 +293,9 @@ def _linear(partial: Propagation, node: int) -> tuple[Tensor, Tensor]:
     return low, torch.maximum(low, high)
 
 
-def _affine(v: Value, operator: Operator, bias: Tensor | None, masses: dict[int, Tensor], i: int) -> Value:
+def _affine(
+    v: Value, operator: Operator, bias: Tensor | None, bias_radius: Tensor | None, masses: dict[int, Tensor], i: int
+) -> Value:
     """Values of operator v + bias, the affine node i, whose mass is kept."""
     lower, upper, center = v
     middle = (lower + upper) / 2
@@ -298,8 +306,8 @@ def _affine(v: Value, operator: Operator, bias: Tensor | None, masses: dict[int,
     masses[i] = magnitude(torch.maximum(lower.abs(), upper.abs()))
     if bias is not None:
         value, mass, center, masses[i] = value + bias, mass + bias.abs(), center + bias, masses[i] + bias.abs()
-    k = gamma(operator.shape[1] + 8)
-    reach = magnitude(half)
+    k = relative_error(operator, operator.shape[1] + 8)
+    reach = magnitude(half) if bias_radius is None else magnitude(half) + bias_radius
     # Sums of products, in the middle and in the radius; products below the normal range lose less than TINY each.
     radius = reach + 2 * k * (reach + mass) + operator.shape[1] * TINY
     return value - radius, value + radius, center

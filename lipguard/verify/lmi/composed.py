@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lipguard.network import Diagonal, Operator
-from lipguard.rounding import TINY, UNIT, gamma
+from lipguard.rounding import TINY, UNIT, gamma, powers_of_two, two_sum
 from lipguard.verify.enclosed import Enclosed
 
 _LARGEST = 200
@@ -35,9 +35,9 @@ class Composed:
     radius: Tensor
 
     @classmethod
-    def of(cls, matrix: Tensor) -> Composed:
-        """A matrix of floating-point numbers, which stands for itself."""
-        return cls(matrix, torch.zeros_like(matrix), torch.zeros_like(matrix))
+    def of(cls, matrix: Tensor, rho: float = 0.0) -> Composed:
+        """A matrix of floating-point numbers, known up to a relative radius."""
+        return cls(matrix, torch.zeros_like(matrix), Enclosed.of(matrix, rho).spread)
 
     @classmethod
     def sum(cls, parts: Sequence[Composed]) -> Composed:
@@ -54,15 +54,17 @@ class Composed:
         """operator v for every row v."""
         if not operator.terms:  # entries are moved
             return Composed(operator(self.high), operator(self.low), operator(self.radius))
-        if isinstance(operator, Diagonal) and _powers_of_two(operator.scale):
+        if isinstance(operator, Diagonal) and not operator.rho and powers_of_two(operator.scale):
             return self._shifted(operator)
         k, magnitude = operator.shape[1], operator.abs()
         bits, error = (53 - max(k - 1, 1).bit_length()) // 2, gamma(k + 8)
         left, right = _operator_slices(operator, bits), _slices(self.high, bits)
+        # The operator itself is off by rho of the magnitudes.
+        mass = self.high.abs() + self.low.abs()
+        own = self.radius + operator.rho * mass if operator.rho else self.radius
         if left is None or right is None:
             # Working precision: high + low rounds by u, k products by gamma_k, below the normal range by TINY each.
-            mass = self.high.abs() + self.low.abs()
-            radius = magnitude((self.radius + error * mass) * (1 + 4 * UNIT)) * (1 + 4 * error) + k * TINY
+            radius = magnitude((own + error * mass) * (1 + 4 * UNIT)) * (1 + 4 * error) + k * TINY
             high = operator(self.high + self.low)
             return Composed(high, torch.zeros_like(high), radius)
         # (w1 + w2 + w3) (h1 + h2 + h3 + low) = the four products of the slices, exact, + w (h3 + low) + w3 (h1 + h2), small:
@@ -71,12 +73,12 @@ class Composed:
         exact = [w(h) for w in (first, second) if w is not None for h in (h1, h2)]
         tail, coarse = h3 + self.low, h1 + h2
         small = operator(tail)
-        radius = magnitude((self.radius + error * (h3.abs() + self.low.abs())) * (1 + 4 * UNIT))
+        radius = magnitude((own + error * (h3.abs() + self.low.abs())) * (1 + 4 * UNIT))
         if rest is not None:
             small = small + rest(coarse)
             radius = radius + error * rest.abs()(coarse.abs())
         radius = radius * (1 + 4 * error)
-        if rest is not None or bool(tail.any()):
+        if rest is not None or operator.rho or bool(tail.any()):
             radius = radius + k * TINY  # products below the normal range lose less than TINY each
         return _sum(exact, [small], radius)
 
@@ -93,26 +95,14 @@ def _sum(exact: list[Tensor], small: list[Tensor], radius: Tensor) -> Composed:
     high = exact[0]
     lows = list(small)
     for term in exact[1:]:
-        high, missed = _two_sum(high, term)
+        high, missed = two_sum(high, term)
         lows.append(missed)
     total = torch.stack(lows).sum(0) if len(lows) > 1 else lows[0]
     error = gamma(len(lows) + 4)
-    high, low = _two_sum(high, total)
+    high, low = two_sum(high, total)
     # The sum of the lows rounds by gamma of their magnitudes.
     lost = error * torch.stack([low.abs() for low in lows]).sum(0) if len(lows) > 1 else torch.zeros_like(high)
     return Composed(high, low, (radius + lost) * (1 + 2 * gamma(len(lows) + 8)))
-
-
-def _powers_of_two(x: Tensor) -> bool:
-    """Whether every entry is 0 or a power of two, of either sign."""
-    return bool((x.frexp().mantissa.abs().eq(0.5) | (x == 0)).all())
-
-
-def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """a + b rounded, and what the rounding lost, exactly (Knuth)."""
-    s = a + b
-    other = s - a
-    return s, (a - (s - other)) + (b - other)
 
 
 def _slices(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -73,14 +73,14 @@ def feedback_form(network: Network, precise: bool = False) -> Form:
     """The feedback form of the network's nodes, every product enclosed.
 
     A value is a linear combination of the input (-1) and of activations' outputs (0, 1, ...); None stands for the
-    identity. Affine nodes directly behind an input or an activation are exact; compositions carry a radius. Coupled nodes
+    identity. Affine nodes directly behind an input or an activation are as exact as they are; compositions round. Coupled nodes
     stand for tied neurons: the network is one that `rewriting` made.
 
     Args:
         network: without coupled nodes but those.
         precise: compose in twice the working precision: for networks whose linear paths go through many layers.
     """
-    kind, known = (Composed, Composed.of) if precise else (Enclosed, Enclosed)
+    kind = Composed if precise else Enclosed
     position = {node: k for k, node in enumerate(network.activations)}
     size = {-1: network.inputs} | {k: network.sizes[i] for i, k in position.items()}
     offset, n = {}, 0
@@ -89,11 +89,11 @@ def feedback_form(network: Network, precise: bool = False) -> Form:
     offset[-1] = n
 
     def explicit(matrix: _Matrix | None, source: int) -> _Matrix:
-        return known(torch.eye(size[source], dtype=torch.float64, device=network.device)) if matrix is None else matrix
+        return kind.of(torch.eye(size[source], dtype=torch.float64, device=network.device)) if matrix is None else matrix
 
     def through(value: _Combination, operator: Operator, bias: Tensor | None) -> _Combination:
         del bias
-        return {s: known(operator.dense().T) if e is None else e.through(operator) for s, e in value.items()}
+        return {s: kind.of(operator.dense().T, operator.rho) if e is None else e.through(operator) for s, e in value.items()}
 
     def total(parts: Sequence[_Combination]) -> _Combination:
         """Where only one part has a source, its block is taken over unchanged."""

@@ -13,7 +13,7 @@ from lipguard.network.walk import Walk, fold
 from lipguard.rounding import up
 from lipguard.verify.norms.convolution import convolution_bound
 from lipguard.verify.norms.implicit import prove_gain
-from lipguard.verify.norms.matrix_norm import largest_row_sum, prove_matrix_norm, times
+from lipguard.verify.norms.matrix_norm import enclosing, largest_row_sum, prove_matrix_norm, times
 from lipguard.verify.norms.product import product_bound
 from lipguard.verify.norms.toeplitz import toeplitz_bound
 
@@ -95,9 +95,9 @@ def prove_norm(operator: Operator, proposed: float, p: float, name: str = "", to
         bound = toeplitz_bound(conv)
         if not proposed * (1 + 1e-6) >= bound:
             raise NotCertified(f"{name or 'a layer'}: its Toeplitz bound is {bound:g}, not {proposed:g}.")
-        return bound
+        return enclosing(operator, bound)
     if conv is not None and math.prod(operator.shape) > LARGEST_UNROLLED:
-        return convolution_bound(conv)
+        return enclosing(operator, convolution_bound(conv))
     if not proposed >= 0:
         raise NotCertified(f"{name or 'a layer'}: a norm of {proposed:g} is proposed.")
-    return prove_matrix_norm(operator.dense(), proposed, name)
+    return enclosing(operator, prove_matrix_norm(operator.dense(), proposed, name))

@@ -29,6 +29,18 @@ def largest_row_sum(magnitude: Operator) -> float:
     return float((magnitude(ones) * (1 + 2 * gamma(count + 2))).max())
 
 
+def enclosing(operator: Operator, bound: float) -> float:
+    """Upper bound of ||W~||_2 for what an operator means, from one of ||W||_2 for the coefficients W that it holds.
+
+    ||W~|| <= ||W|| + ||W~ - W|| <= ||W|| + rho || |W| ||, and || |W| ||^2 <= its largest row sum times its largest column sum.
+    """
+    if not operator.rho:
+        return bound
+    magnitude = operator.abs()
+    sums = sqrt_up(times(largest_row_sum(magnitude), largest_row_sum(magnitude.transpose())))
+    return up(bound + times(operator.rho, sums))
+
+
 def norm_test(matrices: Tensor) -> Callable[[float], bool]:
     """The test bound -> whether all real matrices of a batch (K, a, b) provably have at most that norm from 2 to 2."""
     k = matrices.shape[2]

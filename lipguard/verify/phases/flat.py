@@ -33,7 +33,7 @@ def is_flat(form: PhaseForm, phases: Tensor, weights: Tensor, part: int) -> bool
         weights: positive for the demand of the lower end of a neuron's piece, negative for that of the upper end.
         part: the box the region lies in.
     """
-    if not form.exact or not bool(weights.isfinite().all()) or not _solid(form):
+    if not bool(weights.isfinite().all()) or not _solid(form):
         return False
     try:
         return _proves(form, phases, weights, part)
@@ -74,16 +74,18 @@ class _Affine:
     """Pre-activations as exact affine functions of the input, where only fixed neurons enter."""
 
     def __init__(self, form: PhaseForm, phases: list[int]) -> None:
-        self.form, self.phases = form, phases
+        self.form, self.phases, self.exact = form, phases, form.exact.tolist()
         self.known: dict[int, _Row | None] = {}
 
     def row(self, i: int) -> _Row | None:
-        """Gradient and constant of neuron i; None if a free neuron enters."""
+        """Gradient and constant of neuron i; None if a free neuron enters, or a number that is known up to a radius only."""
         if i not in self.known:
             self.known[i] = self._row(i)
         return self.known[i]
 
     def _row(self, i: int) -> _Row | None:
+        if not self.exact[i]:
+            return None
         n = self.form.neurons
         numbers = self.form.q[i].tolist()
         gradient, constant = [Fraction(v) for v in numbers[n:]], Fraction(float(self.form.bias[i]))

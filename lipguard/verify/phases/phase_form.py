@@ -23,6 +23,7 @@ from lipguard.certificate import Ball, Domain
 from lipguard.errors import UnsupportedQuery
 from lipguard.network import Activation, Affine, Dense, Index, Input, Network, Node, Sum
 from lipguard.network.activations import PiecewiseLinear
+from lipguard.network.operators.base import LARGEST_RADIUS
 from lipguard.verify.domain.ranges import Regions
 from lipguard.verify.enclosed import Enclosed
 from lipguard.verify.lmi.form import Form, feedback_form
@@ -49,7 +50,7 @@ class PhaseForm:
         tangent: the inputs a direction may have, those of the network itself: (d,) of 0 and 1.
         values: phi at the first break, (n,).
         directions: whether the inputs are directions and not points of the domain.
-        exact: whether q, bias, breaks, pieces and values are the network's own numbers, without any rounding.
+        exact: of which neurons the rows of q, bias, breaks, pieces and values are what is meant, without any radius, (n,).
     """
 
     network: Network
@@ -100,9 +101,12 @@ class PhaseForm:
         return None if bool(self.tangent.all()) else self.tangent.nonzero()[:, 0]
 
     @cached_property
-    def exact(self) -> bool:
-        """Whether nothing was computed: q, bias, breaks, pieces and values are the network's numbers."""
-        return self.form.q.exact and self.enclosed_bias.exact and not any(f.rounded for f in self.functions)
+    def exact(self) -> Tensor:
+        """Where nothing was computed: q, bias, breaks, pieces and values are the network's numbers."""
+        known = ~self.form.q.spread.any(1) & (self.enclosed_bias.spread == 0)
+        for function, here in zip(self.functions, self.layers, strict=True):
+            known[here] &= not function.rounded
+        return known
 
     def regions(self, lower: Tensor, upper: Tensor) -> Regions:
         """Boxes (K, d) within the form's ball."""
@@ -213,30 +217,39 @@ def _offsets(network: Network) -> Enclosed:
             found.append(read[0])
             values.append(zeros[i])
         else:
-            values.append(node.linear(read, lambda v, operator, bias: v.through(operator, bias), Enclosed.sum))
+            values.append(node.linear(read, lambda v, op, bias, r=node.bias_radius: v.through(op, bias, r), Enclosed.sum))
     return Enclosed.cat(found, -1)
 
 
 def _homogeneous(network: Network) -> Network:
-    """The network with a further input, the last, by which every bias is multiplied: the same numbers, nothing rounds."""
+    """The network with a further input, the last, by which every bias is multiplied: the same numbers, nothing rounds.
+
+    The radius r of a bias becomes a coefficient r of relative radius 2, which encloses [-r, r].
+    """
     d = network.inputs
     nodes: list[Node] = [Input(d + 1), Affine(0, Index(torch.arange(d), d + 1))]
     place = [1]
+
+    def add(node: Node) -> int:
+        nodes.append(node)
+        return len(nodes) - 1
+
     for node in network.nodes[1:]:
         if not isinstance(node, Affine) or (node.bias is None and node.source):
-            nodes.append(node.moved(lambda i: place[i]))
-        else:
-            size = node.operator.shape[0]
-            bias = torch.zeros(size, dtype=torch.float64) if node.bias is None else node.bias
-            if node.source:
-                first, weight = place[node.source], torch.zeros(size, d, dtype=torch.float64)
-                nodes.append(Affine(first, node.operator))
-            else:
-                weight = node.operator.dense()
-            nodes.append(Affine(0, Dense(torch.cat([weight, bias[:, None]], 1))))
-            if node.source:
-                nodes.append(Sum((len(nodes) - 2, len(nodes) - 1)))
-        place.append(len(nodes) - 1)
+            place.append(add(node.moved(lambda i: place[i])))
+            continue
+        size = node.operator.shape[0]
+        zeros = torch.zeros(size, d, dtype=torch.float64)
+        bias = zeros[:, 0] if node.bias is None else node.bias
+        if node.source:
+            terms = [add(Affine(place[node.source], node.operator)), add(Affine(0, Dense(torch.cat([zeros, bias[:, None]], 1))))]
+        else:  # in one matrix, whose relative radius is then the bias's as well
+            joined = torch.cat([node.operator.dense(), bias[:, None]], 1)
+            terms = [add(Affine(0, Dense(joined, node.operator.rho)))]
+        if node.bias_radius is not None:
+            around = torch.cat([zeros, node.bias_radius[:, None]], 1)
+            terms.append(add(Affine(0, Dense(around, LARGEST_RADIUS))))
+        place.append(terms[0] if len(terms) == 1 else add(Sum(tuple(terms))))
     return Network(tuple(nodes))
 
 
@@ -249,7 +262,8 @@ def _on_cpu(network: Network) -> Network:
         if isinstance(node, Affine):
             own = {f.name: getattr(node.operator, f.name) for f in fields(node.operator)}  # type: ignore[arg-type]
             operator = replace(node.operator, **{k: v.cpu() for k, v in own.items() if isinstance(v, Tensor)})  # type: ignore[type-var]
-            node = replace(node, operator=operator, bias=None if node.bias is None else node.bias.cpu())
+            bias, radius = (None if t is None else t.cpu() for t in (node.bias, node.bias_radius))
+            node = replace(node, operator=operator, bias=bias, bias_radius=radius)
         elif isinstance(node, Activation) and isinstance(node.function, PiecewiseLinear):
             f = node.function
             node = replace(node, function=PiecewiseLinear(f.name, f.breaks.cpu(), f.pieces.cpu(), f.value.cpu(), f.rounded))

@@ -22,7 +22,7 @@ from lipguard.rounding import TINY, UNIT, down, gamma, norm_up, sqrt_up, up
 from lipguard.verify.enclosed import Enclosed, image, slopes_at
 from lipguard.verify.norms.convolution import kernel_bound
 from lipguard.verify.norms.implicit import enclose
-from lipguard.verify.norms.matrix_norm import frobenius_bound, largest_row_sum, prove_matrix_norm, times
+from lipguard.verify.norms.matrix_norm import enclosing, frobenius_bound, largest_row_sum, prove_matrix_norm, times
 from lipguard.verify.point.coupled_tangent import Beside
 
 _LARGEST_PROVED = 1024
@@ -99,14 +99,14 @@ class _Tangents(Walk[_Pair]):
         return self.start
 
     def affine(self, i: int, node: Affine, read: _Pair) -> _Pair:
-        """The errors that come in grow by the norm; `own` is what the map itself rounds."""
+        """The errors that come in grow by the norm; `own` is what the map itself rounds, and how far it is known."""
         made = []
-        for followed, bias in zip(read, (node.bias, None), strict=True):
+        for followed, *bias in zip(read, (node.bias, None), (node.bias_radius, None), strict=True):
             length = math.inf
             if self.norms is not None:
-                own = Enclosed(followed.value.center).through(node.operator, bias).spread
+                own = Enclosed(followed.value.center).through(node.operator, *bias).spread
                 length = _length(followed.length, self.norms[i], own)
-            made.append(Followed.of(followed.value.through(node.operator, bias), length))
+            made.append(Followed.of(followed.value.through(node.operator, *bias), length))
         return made[0], made[1]
 
     def activation(self, i: int, node: Activation, read: _Pair) -> _Pair:
@@ -157,14 +157,14 @@ def _norm_bound(operator: Operator) -> float:
     if (closed := operator.norm(2.0)) is not None:
         return closed
     if (conv := operator.convolution) is not None:
-        return kernel_bound(conv)
+        return enclosing(operator, kernel_bound(conv))
     if min(operator.shape) <= _LARGEST_PROVED:
         matrix = operator.dense()
         with contextlib.suppress(NotCertified):
-            return prove_matrix_norm(matrix, float(torch.linalg.matrix_norm(matrix, 2)), "a layer")
+            return enclosing(operator, prove_matrix_norm(matrix, float(torch.linalg.matrix_norm(matrix, 2)), "a layer"))
     magnitude = operator.abs()
     sums = sqrt_up(times(largest_row_sum(magnitude), largest_row_sum(magnitude.transpose())))
-    return min(sums, frobenius_bound(operator.dense()))
+    return min(sums, enclosing(operator, frobenius_bound(operator.dense())))
 
 
 def _norm_down(x: Tensor, q: float) -> float:

@@ -206,7 +206,7 @@ class TorusForm:
             if i == 0:
                 self._values[i] = {0: self._all(eye, 0)}
             else:
-                self._values[i] = self._linear(i) if i in self.images else self._vector(i, eye)
+                self._values[i] = self._linear(i) if i in self.images else self._vector(i, Enclosed(eye))
         return self._values[i]
 
     def _linear(self, i: int) -> _Value:
@@ -216,7 +216,7 @@ class TorusForm:
             del bias
             conv = self.convs[i]
             if conv is None:
-                parts = self._vector(source, operator.dense(), images=False)
+                parts = self._vector(source, Enclosed.of(operator.dense(), operator.rho), images=False)
                 return {s: spectrum(known.at(0).mT, self._image(i), self._torus(i)).mH for s, known in parts.items()}
             small, large = (source, i) if conv.transposed else (i, source)
             matrix = transform(conv, self._torus(small), self._torus(large))
@@ -255,9 +255,9 @@ class TorusForm:
             result[s] = left @ right.to(left.center.dtype)
         return result
 
-    def _vector(self, i: int, rows: Tensor, images: bool = True) -> _Value:
+    def _vector(self, i: int, rows: Enclosed, images: bool = True) -> _Value:
         """rows times the value of node i, a vector: the layers in front of it are followed back through linear maps."""
-        waiting: _Value = {i: Enclosed(rows[None]).shared}
+        waiting: _Value = {i: Enclosed(rows.center[None], rows.spread)}
         result: _Value = {}
         for j in range(i, -1, -1):
             if j not in waiting:

@@ -75,7 +75,8 @@ def _with_kernel(conv: Conv, centers: list[list[Tensor]], sizes: list[list[Tenso
     assert center is not None and size is not None
     dims = len(centers)
     count = math.prod(weight.shape[2:]) + 4 * dims + 8
-    total = dims * error * (1 + 1e-6) + 4 * gamma(count)
+    # The kernel is off by rho of itself, times waves that are off by 1e-6 at most.
+    total = dims * error * (1 + 1e-6) + 4 * gamma(count) + conv.rho * (1 + 1e-5)
     # `size` bounds the sum of absolute values, of which each transform and the sum lose their share.
     bound = size.flatten(2).flatten(0, 1) * (1 + 2 * gamma(count) + dims * error)
     return Enclosed(center.flatten(3).flatten(1, 2), bound * total)

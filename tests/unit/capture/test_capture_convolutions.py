@@ -65,7 +65,11 @@ def check_operator(operator: Operator) -> None:
     torch.testing.assert_close(operator(x), x @ matrix.T, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(operator(x[0, 0]), matrix @ x[0, 0], rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(operator.transpose()(y), y @ matrix, rtol=1e-11, atol=1e-11)
-    assert torch.equal(operator.abs().dense(), matrix.abs()) and torch.equal(operator.transpose().dense(), matrix.T)
+    assert torch.equal(operator.transpose().dense(), matrix.T) and operator.transpose().rho == operator.rho
+    # Upper bounds of the magnitudes: exact where the operator is.
+    magnitude = operator.abs().dense()
+    assert bool((magnitude >= matrix.abs() * (1 + operator.rho)).all()) and operator.rho < 1e-14
+    torch.testing.assert_close(magnitude, matrix.abs(), rtol=2 * operator.rho + (1e-15 if operator.rho else 0.0), atol=0)
 
 
 def operators(network: Network) -> list[str]:
