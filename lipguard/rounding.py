@@ -49,7 +49,7 @@ def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 FLUSHED = (
-    "torch flushes denormal numbers to 0 here, so that numbers below the normal range are lost; bounds are of the stored weights. "
+    "torch flushes denormal numbers to 0, so that numbers below the normal range are lost; bounds are of the stored weights. "
     "Call torch.set_flush_denormal(False) before."
 )
 """What to say where `flushes_denormals`."""

@@ -50,7 +50,7 @@ class Constant:
 
     def __add__(self, other: Constant) -> Constant:
         """The sum: what it rounds is known exactly."""
-        center, lost = two_sum(self.center.detach(), other.center.detach())
+        _, lost = two_sum(self.center.detach(), other.center.detach())
         radius = lost.abs()
         for part in (self.radius, other.radius):
             radius = radius if part is None else radius + part

@@ -72,9 +72,8 @@ def div(trace: Trace, input: Operand, other: Operand, *, rounding_mode: str | No
         return rdiv(trace, input, other)
     if not isinstance(other, Tensor) and other == 1:
         return input.node
-    divisor, rho = _number(trace, other)
-    held = torch.tensor(divisor, dtype=torch.float64) if isinstance(divisor, float) else trace.constant(divisor, "divisor")
-    if (found := reciprocals(held)) is None:
+    divisor, rho = _tensor(trace, other)
+    if (found := reciprocals(trace.constant(divisor, "divisor"))) is None:
         raise InvalidModel(f"{trace.place} divides by 0, or by a number whose reciprocal leaves the normal range of float64.")
     return scaled(trace, input, found[0], compounded(rho, found[1]))
 
@@ -89,26 +88,26 @@ def scaled(trace: Trace, x: Value, factor: Tensor | float | int, rho: float = 0.
     """factor x, the factor known up to a relative radius; no node for the factor 1."""
     if not isinstance(factor, Tensor) and factor == 1 and not rho:
         return x.node
-    factor, own = _number(trace, factor)
-    return trace.affine(x, Diagonal(trace.per_feature(factor, x), x.size, compounded(rho, own)))
+    scale, own = _tensor(trace, factor)
+    return trace.affine(x, Diagonal(trace.per_feature(scale, x), x.size, compounded(rho, own)))
 
 
 def _shifted(trace: Trace, x: Value, constant: Tensor | float | int, factor: float) -> int:
-    if not isinstance(constant, Tensor) and constant * factor == 0:
+    if factor == 0 or (not isinstance(constant, Tensor) and constant == 0):
         return x.node
-    constant, rho = _number(trace, constant)
-    factor, own = _number(trace, factor)
-    shift = trace.per_feature(constant, x).expand(x.size)
-    added = Constant(shift).through(Diagonal(shift.new_tensor(factor), x.size, compounded(rho, own)))
+    (vector, rho), (scale, own) = _tensor(trace, constant), _tensor(trace, factor)
+    shift = trace.per_feature(vector, x).expand(x.size)
+    added = Constant(shift).through(Diagonal(scale.to(shift.device), x.size, compounded(rho, own)))
     one = torch.ones((), dtype=torch.float64, device=shift.device)
     return trace.affine(x, Diagonal(one, x.size), added.center, added.radius)
 
 
-def _number(trace: Trace, constant: Tensor | float | int) -> tuple[Tensor | float, float]:
+def _tensor(trace: Trace, constant: Tensor | float | int) -> tuple[Tensor, float]:
     """A constant, and its relative radius: 0 but for Python's integers that float64 does not hold."""
     if isinstance(constant, Tensor):
         return constant, 0.0
     try:
-        return number(constant)
+        held, rho = number(constant)
     except OverflowError as error:
         raise InvalidModel(f"{trace.place} uses a number that is larger than every number of float64.") from error
+    return torch.tensor(held, dtype=torch.float64, device="cpu"), rho

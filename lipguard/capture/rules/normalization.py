@@ -38,7 +38,7 @@ def batch_norm(
     channels, shape = mean.shape[0], input.tensor.shape
     if len(shape) < 2 or shape[1] != channels:
         raise InvalidExample(f"{trace.place} expects {channels} channels, the example gives shape {tuple(shape)}.")
-    # gamma (x - mean) / sqrt(var + eps) + beta: the sum, the root (of an error that it halves), the quotient and the product round.
+    # gamma (x - mean) / sqrt(var + eps) + beta: the sum rounds, the root, which halves that error, the quotient and the product.
     scale, rho = 1 / torch.sqrt(variance + eps), gamma(4)
     if weight is not None:
         made = product(trace.constant(weight, "weight"), scale)

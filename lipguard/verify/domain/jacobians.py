@@ -191,7 +191,7 @@ def _norms(operator: Operator, left: Tensor | None, right: Tensor | None) -> Ten
             value = sqrt_up(times(largest_row_sum(magnitude), largest_row_sum(magnitude.transpose())))
         return torch.tensor([value], dtype=torch.float64, device=operator.device)
     weight = operator.dense()[None]
-    # Off by rho |W| entry by entry: the norm by no more than rho times that of the magnitudes, or a little more as it is computed.
+    # Off by rho |W| entry by entry: the norm by rho times that of the magnitudes, or a little more as it is computed.
     own = operator.rho * (1 + 2.0**-20)
     if left is None and right is None:
         return (matrix_norms(weight) + own * torch.linalg.vector_norm(weight, dim=(1, 2))) * (1 + 2 * UNIT)
