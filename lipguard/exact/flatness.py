@@ -28,7 +28,8 @@ def flat_weights(form: PhaseForm, ranges: Implied, reduced: Reduced, k: int, par
     cut_low, cut_high = (e[0].numpy() for e in piece_ends(form, phases[None], slice(0, n)))
     p, height = reduced.p[k].numpy(), reduced.height[k].numpy()
     f = reduced.index.shape[1]
-    affine = form.exact.numpy() & ~(p[:, :f] != 0).any(1) & (np.abs(p[:, f:]).sum(1) > 1e-12 * reduced.p_mass[k].numpy().sum(1))
+    known = (form.exact | form.conic).numpy()
+    affine = known & ~(p[:, :f] != 0).any(1) & (np.abs(p[:, f:]).sum(1) > 1e-12 * reduced.p_mass[k].numpy().sum(1))
     below, above = np.flatnonzero(affine & np.isfinite(cut_low)), np.flatnonzero(affine & np.isfinite(cut_high))
     owners, signs = np.r_[below, above], np.r_[np.ones(len(below)), -np.ones(len(above))]
     if not len(owners):

@@ -7,13 +7,18 @@ domain with an interior lies in no such region, and the constant is the supremum
 
 The weights are proposed as floating-point numbers. Cancellation must be exact, so that some of them are computed from
 the others as fractions; whether what results proves anything is then decided without any rounding.
+
+Numbers that are known up to a radius do not cancel. But demands g x >= 0 through 0 whose rows g positively span all directions
+hold at x = 0 alone, and still do where every g is a little off: see `_pointed`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 
+import torch
 from torch import Tensor
 
 from lipguard.verify.phases.phase_form import PhaseForm
@@ -36,7 +41,7 @@ def is_flat(form: PhaseForm, phases: Tensor, weights: Tensor, part: int) -> bool
     if not bool(weights.isfinite().all()) or not _solid(form):
         return False
     try:
-        return _proves(form, phases, weights, part)
+        return _proves(form, phases, weights, part) or _pointed(form, phases, weights)
     except OverflowError:  # numbers too large to be guessed in float64
         return False
 
@@ -68,6 +73,42 @@ def _proves(form: PhaseForm, phases: Tensor, weights: Tensor, part: int) -> bool
             if domain.nowhere_positive(total, sum((w * h for w, (_, h) in pairs), Fraction(0))):
                 return True
     return False
+
+
+def _pointed(form: PhaseForm, phases: Tensor, weights: Tensor) -> bool:
+    """Whether demands through 0 are met at x = 0 alone, for all rows within their radii.
+
+    Let w >= 0 and sum_i w_i g_i = -s e_k + e for a sign s, a coordinate k and a rest e. Where g~_i x >= 0 for all i,
+    |g~_i - g_i| <= r_i,
+
+        0 <= sum_i w_i g~_i x <= -s x_k + eta max|x|,    eta = sum_j (|e_j| + sum_i w_i r_ij).
+
+    If eta < 1 for both signs of every coordinate that any g~_i reads, these coordinates of x are 0. The given weights hold for a
+    sum of rows that is 0, up to rounding: added to any that give e_k they make nonnegative ones, whose fractions decide.
+    """
+    n, which = form.neurons, weights.nonzero()[:, 0]
+    place = phases[which] - (weights[which] > 0).long()
+    inside = (phases[which] >= 0) & (place >= 0) & (place < len(form.breaks))
+    if not len(which) or not bool((form.conic[which] & inside).all()) or bool(form.breaks[place, which].any()):
+        return False
+    rows, radii = form.q[which, n:] * weights[which].sign()[:, None], form.form.q.spread[which, n:]
+    read = ((rows != 0) | (radii != 0)).any(0)
+    if not bool(read.any()):
+        return False
+    rows, radii, given = rows[:, read], radii[:, read].sum(1), weights[which].abs()
+    off = radii.mul(1 + 2.0**-20).tolist()
+    exact = [([Fraction(g) for g in row], Fraction(r)) for row, r in zip(rows.tolist(), off, strict=True)]
+    for k, sign in itertools.product(range(rows.shape[1]), (1, -1)):
+        made = torch.linalg.pinv(rows.mT)[:, k] * -sign
+        # A hair more than what makes them nonnegative: what is cut off would be missing in the sum.
+        made = (made + (-made / given).amax().clamp_min(0) * given).clamp_min(0)
+        factors = [Fraction(w) for w in made.tolist()]
+        rest = [Fraction(sign * (j == k)) for j in range(rows.shape[1])]
+        for w, (row, _) in zip(factors, exact, strict=True):
+            rest = [e + w * g for e, g in zip(rest, row, strict=True)]
+        if sum(map(abs, rest)) + sum((w * r for w, (_, r) in zip(factors, exact, strict=True)), Fraction(0)) >= 1:
+            return False
+    return True
 
 
 class _Affine:

@@ -50,6 +50,7 @@ class PhaseForm:
         tangent: the inputs a direction may have, those of the network itself: (d,) of 0 and 1.
         values: phi at the first break, (n,).
         directions: whether the inputs are directions and not points of the domain.
+        conic: of which neurons the pre-activation is a row of the inputs, up to its radius, without any constant, (n,).
         exact: of which neurons the rows of q, bias, breaks, pieces and values are what is meant, without any radius, (n,).
     """
 
@@ -103,10 +104,19 @@ class PhaseForm:
     @cached_property
     def exact(self) -> Tensor:
         """Where nothing was computed: q, bias, breaks, pieces and values are the network's numbers."""
-        known = ~self.form.q.spread.any(1) & (self.enclosed_bias.spread == 0)
-        for function, here in zip(self.functions, self.layers, strict=True):
-            known[here] &= not function.rounded
-        return known
+        return ~self._rounded & ~self.form.q.spread.any(1) & (self.enclosed_bias.spread == 0)
+
+    @cached_property
+    def conic(self) -> Tensor:
+        """Of which neurons the pre-activation is a row of the inputs, up to its radius, without any constant, (n,)."""
+        return ~self._rounded & ~self.form.q[:, : self.neurons].magnitude().any(1) & (self.enclosed_bias.magnitude() == 0)
+
+    @cached_property
+    def _rounded(self) -> Tensor:
+        """Of which neurons the function's own numbers are rounded, (n,)."""
+        none = torch.zeros(0, dtype=torch.bool)
+        parts = (none.new_full((here.stop - here.start,), f.rounded) for f, here in zip(self.functions, self.layers, strict=True))
+        return torch.cat([none, *parts])
 
     def regions(self, lower: Tensor, upper: Tensor) -> Regions:
         """Boxes (K, d) within the form's ball."""
