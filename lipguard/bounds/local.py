@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lipguard.bounds.measuring import Settings
-from lipguard.bounds.slopes import has_implicit, timed, unproved
+from lipguard.bounds.slopes import timed, unproved, without_ranges
 from lipguard.bounds.solving import solved
 from lipguard.certificate import Certificate, Domain, LocalMultipliers, Query, Slopes
 from lipguard.errors import SolverFailed
@@ -63,7 +63,7 @@ def local_bounds(network: Network, query: Query, domains: Sequence[Domain], meth
     Raises:
         InvalidDomain: a domain does not fit.
     """
-    if has_implicit(network):
+    if without_ranges(network):
         overall, _ = method(network, replace(query, domain=None))
         return [replace(overall, domain=domain) for domain in domains]
     began = time.perf_counter()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lipguard.bounds.method import PAIRS, Method, Pair
 from lipguard.certificate import Certificate, Domain, Query, Side, Witness
-from lipguard.network import Activation, Adjoint, Affine, Implicit, Input, Linear, Network, Sum, Walk
+from lipguard.network import Activation, Adjoint, Affine, Coupled, Implicit, Input, Linear, Network, Sum, Walk
 from lipguard.network.activations import Elementwise
 from lipguard.programs.rewriting import elementwise
 from lipguard.verify import verify
@@ -191,6 +191,10 @@ class _Smoothed(Walk[_Three]):
         smooth, true = self.slopes(node.function, node.operator(z) + read[0])
         return z, response(node, smooth, read[1]), response(node, true, read[2])
 
+    def coupled(self, i: int, node: Coupled, read: _Three) -> _Three:
+        z, smooth, true = read
+        return node.value(z), node.function.along(z, smooth), node.function.along(z, true)
+
     def total(self, i: int, node: Sum, *read: _Three) -> _Three:
         value, smooth, true = (torch.stack(part).sum(0) for part in zip(*read, strict=True))
         return value, smooth, true
@@ -212,13 +216,18 @@ def response(node: Implicit, slopes: Tensor, x: Tensor, transposed: bool = False
 
 
 def slopes_at(network: Network, x: Tensor) -> list[Tensor]:
-    """The slope of every neuron at the inputs x (k, d), one (k, size) tensor for each activation node; mean at a kink."""
+    """The slope of every neuron at the inputs x (k, d), one (k, size) tensor for each activation node; mean at a kink.
+
+    For a smooth group of tied neurons its pre-activations instead, which determine its Jacobian.
+    """
     values = network.values(x)
     result = []
     for i in network.activations:
         node, function = network.nodes[i], network.nodes[i].elementwise
-        assert function is not None
         p = values[node.sources[0]]
+        if function is None:
+            result.append(p)
+            continue
         if node.loop is not None:
             p = p + node.loop(values[i])
         low, high = function.slope_range(p, p)
@@ -249,6 +258,9 @@ class _Back(Adjoint):
 
     def implicit(self, i: int, node: Implicit, read: Tensor) -> Tensor:
         return response(node, self.slopes[i], read, transposed=True)
+
+    def coupled(self, i: int, node: Coupled, read: Tensor) -> Tensor:
+        return node.function.back(self.slopes[i][:, None, :], read)
 
 
 def _norms_along(network: Network, x: Tensor, v: Tensor, norm: tuple[float, float]) -> tuple[Tensor, Tensor]:
@@ -284,6 +296,9 @@ class _Tangent(Linear):
 
     def implicit(self, i: int, node: Implicit, read: Tensor) -> Tensor:
         return response(node, self.slopes[i], read)
+
+    def coupled(self, i: int, node: Coupled, read: Tensor) -> Tensor:
+        return node.function.along(self.slopes[i], read)
 
 
 def _jacobian_norms(network: Network, x: Tensor, v: Tensor, norm: tuple[float, float]) -> tuple[Tensor, Tensor]:

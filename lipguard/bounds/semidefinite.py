@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,10 +18,11 @@ from lipguard.bounds.solving import not_above_product, proved, solved
 from lipguard.bounds.spectral import Spectral
 from lipguard.bounds.weighted import weighted
 from lipguard.certificate import Certificate, Domain, Multipliers, Query
-from lipguard.errors import SolverFailed, UnsupportedQuery
+from lipguard.errors import NotCertified, SolverFailed, UnsupportedQuery
 from lipguard.network import Network
-from lipguard.programs.feedback import feedback_of
+from lipguard.programs.feedback import Feedback, feedback_of
 from lipguard.programs.lipsdp import lipsdp
+from lipguard.verify import verify
 from lipguard.verify.lmi.weighted import NORMS
 
 _EUCLIDEAN: Pair = (2.0, 2.0)
@@ -75,9 +77,12 @@ class Semidefinite(Method):
                 raise UnsupportedQuery(f"{self.name}: chordal=True is for the 2-norm, not {query.norm}. Leave chordal out.")
             return weighted(network, query, self.tied, self.solver, self.tol, self.time_limit, self.name), None
         check_footprint(network, self.name)
-        problem = lipsdp(feedback_of(network), self.tied)
+        feedback = feedback_of(network)
+        if not feedback.sizes:
+            return _linear(network, query, feedback, self.name), None
+        problem = lipsdp(feedback, self.tied)
         program = problem.program
-        if not program.sizes or not any(-1 in row for row in (*program.rows, program.out)):
+        if not any(-1 in row for row in (*program.rows, program.out)):
             return Spectral()(network, query)
         start = None if state is None or state.t.numel() != program.neurons else problem.to_program(state.t, state.rho)
         notes: list[str] = []
@@ -124,3 +129,25 @@ class Semidefinite(Method):
             return None
         t, balance = torch.as_tensor(packed["multipliers"]), packed.get("balance")
         return Warm(t, float(packed["rho"]), balance, pace=float(packed.get("pace", 0.0)))
+
+
+def _linear(network: Network, query: Query, feedback: Feedback, name: str) -> Certificate:
+    """A network without neurons: the norm of its one matrix, where that is below the product of its layers' norms."""
+    began = time.perf_counter()
+    product, _ = Spectral()(network, query)
+    matrix = feedback.out.get(-1)
+    if matrix is None or len(network.nodes) <= 2 or min(matrix.shape) > _LARGEST_MATRIX:
+        return product
+    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    rho = float(torch.linalg.eigvalsh(gram)[-1])
+    evidence = Multipliers(matrix.new_zeros(0), rho)
+    proposed = Certificate(math.sqrt(max(rho, 0.0)), "upper", query.norm, query.domain, network.digest, name, evidence)
+    try:
+        found = verify(network, proposed)
+    except NotCertified:
+        return product
+    return product if product.value <= found.value else replace(found, seconds=time.perf_counter() - began)
+
+
+_LARGEST_MATRIX = 2048
+"""Rows or columns up to which the matrix of a network without neurons is formed for its norm."""

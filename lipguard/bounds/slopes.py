@@ -13,14 +13,15 @@ from lipguard.verify import verify_local
 
 
 def slope_bounds(network: Network, query: Query, domains: Sequence[Domain]) -> list[Certificate]:
-    """Upper bounds by nothing but the slopes on each domain, in any norm, of a network without implicit layers."""
+    """Upper bounds by nothing but the slopes on each domain, in any norm, of a network whose values all have ranges."""
     began = time.perf_counter()
     return timed(verify_local(network, unproved(network, query, domains, "spectral")), began)
 
 
-def has_implicit(network: Network) -> bool:
+def without_ranges(network: Network) -> bool:
     """Whether there is a layer of whose values no ranges are known: the bound on all of R^d stands on every domain then."""
-    return any(node.loop is not None for node in network.nodes)
+    groups = (node.coupling for node in network.nodes)
+    return any(node.loop is not None for node in network.nodes) or any(g is not None and not g.pieces for g in groups)
 
 
 def unproved(network: Network, query: Query, domains: Sequence[Domain], name: str) -> list[Certificate]:

@@ -17,7 +17,6 @@ from lipguard.errors import NotCertified, SolverFailed, UnsupportedQuery
 from lipguard.network import Network
 from lipguard.outward import show_upper
 from lipguard.programs.lipsdp import LipSDP
-from lipguard.programs.rewriting import elementwise
 from lipguard.programs.slope_program import Proposal, SlopeProgram
 from lipguard.verify import verify
 
@@ -139,7 +138,7 @@ def not_above_product(
     between orthogonal layers, where the product is the optimum, and their linear paths through many layers cost the check
     of the multipliers some accuracy.
     """
-    coupled = elementwise(network) is not network
+    coupled = any(node.coupling is not None for node in network.nodes)
     if proposal.gap <= _SOLVED and not coupled:
         return certificate
     product, _ = Spectral()(network, query)

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from lipguard.bounds.method import PAIRS, Method, Pair
-from lipguard.bounds.slopes import has_implicit, slope_bounds
+from lipguard.bounds.slopes import slope_bounds, without_ranges
 from lipguard.certificate import Certificate, Domain, Factors, Query
 from lipguard.errors import UnsupportedQuery
 from lipguard.network import Network, Operator
@@ -40,7 +40,7 @@ class Spectral(Method):
 
     def on(self, network: Network, query: Query, domains: Sequence[Domain]) -> list[Certificate]:
         """The bounds by the slopes on the domains, one for each."""
-        if not has_implicit(network):
+        if not without_ranges(network):
             return slope_bounds(network, query, domains)
         overall, _ = self(network, replace(query, domain=None))
         return [replace(overall, domain=domain) for domain in domains]

@@ -57,7 +57,7 @@ class Comparison:
             value, unit = self.network(x), torch.finfo(dtype).eps / 2
             deviation = self.steps.fold(_Rounding(x, unit, self._maps))[-1][1]
         difference = (y - value).abs()
-        wrong = difference > _SIGMAS * deviation + torch.finfo(torch.float64).tiny
+        wrong = difference > _SIGMAS * deviation + torch.finfo(dtype).tiny  # what is smaller may have been flushed to 0
         return float(difference[wrong].max()) if bool(wrong.any()) else None
 
 

@@ -111,7 +111,8 @@ class Reader:
             raise UnsupportedLayer(
                 f"{self.place}: its output was not computed from the input by torch calls that can be followed."
             )
-        return Reading(tuple(trace.nodes), value.node, value.axis)
+        output = trace.settled(value.node)
+        return Reading(tuple(trace.nodes), output, value.axis)
 
     def results(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """What the module itself returns for x, computed in a precision: (rows, m), or one row for one sample."""

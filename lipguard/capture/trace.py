@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import lipguard
+from lipguard.capture.expressions import Expression
 from lipguard.capture.rules.registry import torch_activation
+from lipguard.capture.symbolic import extend, settle
 from lipguard.errors import InvalidModel, UnsupportedLayer
 from lipguard.network import Activation, Affine, Coupled, Coupling, Implicit, Input, Node, Sum
 from lipguard.network.activations import Elementwise
@@ -50,8 +52,8 @@ class Value:
 
     @property
     def size(self) -> int:
-        """Entries of one sample."""
-        return self.tensor.numel() // max(self.rows, 1)
+        """Entries of one sample: two for a complex number."""
+        return self.tensor.numel() // max(self.rows, 1) * parts(self.tensor)
 
     def batched(self) -> Value:
         """The same value with the samples along the first dimension."""
@@ -79,6 +81,10 @@ class Trace:
         self._stack: list[tuple[str, nn.Module]] = []
         self._root = root
         self.call = ""
+        self.pending: dict[int, Expression] = {}
+        self.rectified: dict[object, int] = {}
+        self._settled: dict[int, int] = {}
+        self.device, self.unit = torch.device("cpu"), torch.finfo(torch.float64).eps
 
     @property
     def path(self) -> str:
@@ -118,6 +124,29 @@ class Trace:
         """A value for a further rule, of the shape of `tensor`."""
         return Value(node, tensor)
 
+    def at(self, node: int) -> Value:
+        """A node's value for a further rule that does not look at its shape."""
+        return Value(node, torch.empty(0))
+
+    def put(self, expression: Expression, size: int) -> int:
+        """A place for an elementwise expression that is not settled yet; see `lipguard.capture.symbolic`."""
+        self.pending[len(self.nodes)] = expression
+        self.nodes.append(Input(size, "not settled"))
+        self.sizes.append(size)
+        return len(self.nodes) - 1
+
+    def settled(self, node: int) -> int:
+        """The node itself, or what its expression is settled to.
+
+        Raises:
+            UnsupportedLayer: the expression has no bound that is known, for the reason it gives.
+        """
+        if node not in self.pending:
+            return node
+        if node not in self._settled:
+            self._settled[node] = settle(self, self.pending[node])
+        return self._settled[node]
+
     def affine(self, x: Value, operator: Operator, bias: Tensor | None = None, bias_radius: Tensor | None = None) -> int:
         """operator(x) + bias; a rule that rounds a coefficient says so in operator.rho, one that rounds a bias in its radius."""
         return self._emit(Affine(x.node, operator, bias, self.path, bias_radius))
@@ -126,6 +155,8 @@ class Trace:
         """The function on every entry of x: an `Elementwise`, or a torch function whose own rule gives one (`torch.tanh`)."""
         if not isinstance(function, Elementwise):
             return torch_activation(self, x, function)
+        if x.node in self.pending and (extended := extend(self.pending[x.node], function)) is not None:
+            return self.put(extended, self.sizes[x.node])
         return self._emit(Activation(x.node, function, self.path))
 
     def coupled(self, x: Value, function: Coupling) -> int:
@@ -186,6 +217,7 @@ class Trace:
         return rows[0].reshape(-1)
 
     def _emit(self, node: Node) -> int:
+        node = node.moved(self.settled)
         # max(a, b) and min(a, b), written apart, are two results of one sort: what is selected, joined or sorted twice
         # is one node.
         for i, known in enumerate(self.nodes):
@@ -194,6 +226,11 @@ class Trace:
         self.sizes.append(node.length([self.sizes[s] for s in node.sources]))
         self.nodes.append(node)
         return len(self.nodes) - 1
+
+
+def parts(tensor: Tensor) -> int:
+    """Entries of a number: its real and imaginary parts."""
+    return 2 if tensor.is_complex() else 1
 
 
 def user_line() -> str | None:

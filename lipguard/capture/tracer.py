@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lipguard.capture.rules.registry import Rule, canonical, function_rule, module_rule, takes_whole
+from lipguard.capture.rules.registry import Rule, canonical, complex_rule, function_rule, module_rule, takes_whole
 from lipguard.capture.taint import NUMBER, Taint, no_hidden_ways, tensors_of
-from lipguard.capture.trace import UNKNOWN, BatchMoved, Placed, Trace, Value, plain_class
+from lipguard.capture.trace import UNKNOWN, BatchMoved, Placed, Trace, Value, parts, plain_class
 from lipguard.capture.unbatched import translated
 from lipguard.capture.vmapped import followed
 from lipguard.errors import UnsupportedLayer
@@ -76,6 +76,7 @@ class Tracer(TorchFunctionMode):
         self.taint = Taint(trace.refuse)
         self.rows = 1 if axis is None else example.shape[axis]
         self._known: dict[int, _Known] = {}
+        trace.device, trace.unit = example.device, torch.finfo(example.dtype).eps
         self.taint.mark(example, "the input itself")
         self.learn(example, 0, axis)
 
@@ -166,7 +167,7 @@ class Tracer(TorchFunctionMode):
         trace = self.trace
         if key in _READS:
             trace.refuse(NUMBER)
-        if key in _FACTORIES and not self._touches((args[1:], kwargs)):
+        if key in _FACTORIES and not self._touches((args[1:], {k: v for k, v in kwargs.items() if k not in ("input", "self")})):
             return func(*args, **kwargs)
         node: Any
         try:
@@ -188,7 +189,7 @@ class Tracer(TorchFunctionMode):
         """What the rule makes of the call."""
         trace = self.trace
         key, args, kwargs = translated(key, args, kwargs, self._unbatched)
-        rule = function_rule(key)
+        rule = complex_rule(key) if _complex((args, kwargs)) else function_rule(key)
         if rule is None:
             module = trace.module
             kind = None if module is None else plain_class(module)
@@ -230,6 +231,8 @@ class Tracer(TorchFunctionMode):
                 self.learn(tensor, node)
             return result
         try:
+            if node is None:  # the result is a constant, as the storages tell where it is used
+                return result
             if isinstance(node, tuple):
                 if not isinstance(result, list | tuple) or len(result) != len(node):
                     trace.refuse(f"returns {type(result).__name__} where its rule gives {len(node)} values.")
@@ -254,14 +257,16 @@ class Tracer(TorchFunctionMode):
                 f"@lowers({trace.call})."
             )
         rows, size = 1 if axis is None else self.rows, trace.sizes[node]
-        if rows == 1 and result.numel() == size:
+        entries = result.numel() * parts(result)
+        if rows == 1 and entries == size:
             axis = 0 if result.ndim and result.shape[0] == 1 else None
-        elif axis is None or not result.ndim or result.shape[axis] != rows or result.numel() != rows * size:
+        elif axis is None or not result.ndim or result.shape[axis] != rows or entries != rows * size:
             raise BatchMoved(
                 f"{trace.place} gives shape {tuple(result.shape)} where {rows} samples of {size} entries are held: the batch "
                 "dimension must stay first, as in x.flatten(1) or x.view(x.shape[0], -1)."
             )
-        if not result.is_floating_point():
+        mask = node in trace.pending and bool(trace.pending[node].mask)
+        if not (result.is_floating_point() or result.is_complex() or mask):
             trace.refuse(f"casts to {result.dtype}: a step function has no Lipschitz constant.")
         return node, axis
 
@@ -284,11 +289,23 @@ class Tracer(TorchFunctionMode):
                 return tree
             return value if takes_whole(rule) else value.batched()
         if isinstance(tree, tuple | list):
-            return type(tree)(self._values(t, rule) for t in tree) if type(tree) in (tuple, list) else tree
+            if type(tree) in (tuple, list):
+                return type(tree)(self._values(t, rule) for t in tree)
+            # What torch returns of several results, as of a maximum with its places.
+            return tuple(self._values(t, rule) for t in tree) if self._touches(tree) else tree
         return {k: self._values(v, rule) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
     def _touches(self, tree: Any) -> bool:
         return any(id(t) in self._known or self.taint.origin(t) is not None for t in tensors_of(tree))
+
+
+def _complex(tree: Any) -> bool:
+    """Whether a complex number takes part in a call."""
+    if isinstance(tree, tuple | list):
+        return any(_complex(t) for t in tree)
+    if isinstance(tree, dict):
+        return any(_complex(t) for t in tree.values())
+    return tree.is_complex() if isinstance(tree, Tensor) else isinstance(tree, complex)
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -152,10 +152,10 @@ def piecewise_form(network: Network) -> PiecewiseForm:
                 "lipguard.bound gives verified bounds for it: methods 'lipsdp-neuron', 'contraction', 'sampling'."
             )
         function = node.elementwise
-        assert function is not None
-        if function.piecewise is None:
+        if function is None or function.piecewise is None:
+            kind = function.name if function is not None else type(node.coupling).__name__
             raise UnsupportedQuery(
-                f"{node.name or f'node {i}'} ({function.name}) is not piecewise linear: there is no finite set of "
+                f"{node.name or f'node {i}'} ({kind}) is not piecewise linear: there is no finite set of "
                 f"regions to search. lipguard.bound gives verified upper bounds for it: methods 'lipsdp-neuron', 'spectral'."
             )
         neurons += _neurons(function.piecewise, network.sizes[i])

@@ -1,4 +1,4 @@
-"""Functions of groups of entries: maxima over windows, sorting, reflections; each with its norms.
+"""Functions of groups of entries: maxima over windows, sorting, reflections; each with its norms. See also `contraction`.
 
 None of them has a slope interval entry by entry. `lipguard.programs.rewriting` says how each is made of affine maps and |.|.
 """
@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from torch.nn import functional as F  # noqa: N812
 from lipguard.errors import NotCertified, UnsupportedLayer
 from lipguard.network.part import Part
 from lipguard.rounding import TINY, UNIT, gamma, sqrt_up
+
+if TYPE_CHECKING:
+    from lipguard.network.contraction import Length, LogSumExp, Softmax
 
 T = TypeVar("T")
 
@@ -37,6 +40,18 @@ class Groups(Generic[T]):
         """Reflections."""
         return self.other(function)
 
+    def softmax(self, function: Softmax) -> T:
+        """Twice the probabilities of every group."""
+        return self.other(function)
+
+    def log_sum_exp(self, function: LogSumExp) -> T:
+        """Logarithms of sums of exponentials."""
+        return self.other(function)
+
+    def length(self, function: Length) -> T:
+        """Lengths."""
+        return self.other(function)
+
     def other(self, function: Coupling) -> T:
         """A kind that the algorithm does not know.
 
@@ -47,7 +62,7 @@ class Groups(Generic[T]):
 
 
 class Coupling(Part, ABC):
-    """A piecewise-linear function of groups of entries.
+    """A function of groups of entries.
 
     Attributes:
         index: int64, (groups, entries of each): where the entries of each group stand.
@@ -76,9 +91,30 @@ class Coupling(Part, ABC):
         """
         raise NotCertified(f"no bound of absolute values is known of the function {type(self).__name__}.")
 
+    def along(self, z: Tensor, t: Tensor) -> Tensor:
+        """J(z) t for rows z and t (..., entries), in floating point, of a smooth function.
+
+        Raises:
+            UnsupportedLayer: it is piecewise linear, and is to be rewritten.
+        """
+        raise UnsupportedLayer(f"{type(self).__name__} is piecewise linear: rewrite it before.")
+
+    def back(self, z: Tensor, r: Tensor) -> Tensor:
+        """J(z)' r for rows z and r (..., entries), in floating point, of a smooth function.
+
+        Raises:
+            UnsupportedLayer: it is piecewise linear, and is to be rewritten.
+        """
+        raise UnsupportedLayer(f"{type(self).__name__} is piecewise linear: rewrite it before.")
+
     def meet(self, groups: Groups[T]) -> T:
         """What an algorithm makes of it: it calls the method for its kind; a kind without one is `other`."""
         return groups.other(self)
+
+    @property
+    def pieces(self) -> bool:
+        """Whether it is piecewise linear, so that it can be made of affine maps and neurons (`lipguard.programs.rewriting`)."""
+        return True
 
     @property
     def tied(self) -> bool:
@@ -160,7 +196,7 @@ class Sort(Coupling):
 
     def __post_init__(self) -> None:
         """Refuse groups that overlap or leave an entry out."""
-        _partition(self.index)
+        partition(self.index)
 
     @property
     def outputs(self) -> int:
@@ -208,7 +244,7 @@ class Reflection(Coupling):
 
     def __post_init__(self) -> None:
         """Refuse groups that overlap or leave an entry out."""
-        _partition(self.index)
+        partition(self.index)
 
     @property
     def outputs(self) -> int:
@@ -255,7 +291,8 @@ KINDS: dict[str, type[Coupling]] = {"Maxima": Maxima, "Reflection": Reflection, 
 """The kinds that a record may hold, by the name that stands in it."""
 
 
-def _partition(index: Tensor) -> None:
+def partition(index: Tensor) -> None:
+    """Refuse groups that overlap or leave an entry out."""
     places = index.flatten().sort().values
     if index.ndim != 2 or not torch.equal(places, torch.arange(index.numel(), device=index.device)):
         raise ValueError("the groups do not contain every entry once.")
@@ -263,6 +300,8 @@ def _partition(index: Tensor) -> None:
 
 def comparators(size: int) -> Iterator[tuple[tuple[int, int], ...]]:
     """Layers of comparators (i, j), i < j, the larger to i, that sort `size` entries: Knuth's merge exchange (5.2.2 M)."""
+    if size < 2:
+        return
     top = 1 << max((size - 1).bit_length() - 1, 0)
     p = top
     while p > 0:

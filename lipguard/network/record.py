@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lipguard.errors import UnsupportedLayer
-from lipguard.network import activations, coupled, nodes, operators
+from lipguard.network import activations, contraction, coupled, nodes, operators
 from lipguard.network.nodes import Node
 from lipguard.network.part import Part
 
@@ -21,7 +21,7 @@ Store = Callable[[Tensor], Any]
 Load = Callable[[Any], Tensor]
 """Reads what a `Store` wrote."""
 
-_KINDS: dict[str, type[Part]] = {**nodes.KINDS, **operators.KINDS, **coupled.KINDS}
+_KINDS: dict[str, type[Part]] = {**nodes.KINDS, **operators.KINDS, **coupled.KINDS, **contraction.KINDS}
 
 
 def write_part(part: Part, store: Store) -> dict[str, Any]:
@@ -74,5 +74,6 @@ def _read(value: Any, load: Load) -> Any:
     kind = parts.pop("kind")
     if kind in activations.KINDS:
         return activations.from_record(kind, parts)
-    table = operators.KINDS if kind in operators.KINDS else coupled.KINDS
-    return table[kind](**parts)
+    if kind in nodes.KINDS:
+        raise ValueError(f"a node of kind {kind} stands inside another")
+    return _KINDS[kind](**parts)

@@ -11,6 +11,8 @@ A pair (max, min) costs one neuron w = |d|, d = (a - b)/2, with slopes [-1, 1], 
      1'x = 1'y = 2 s holds identically: the first is LipSDP's own constraint, the others vanish. Their program is a
      restriction of this one.
 
+Smooth groups (`lipguard.network.contraction`) are tied neurons as they stand: nothing else is known of them.
+
 A larger group is sorted in one of two ways.
   * By comparators (`elementwise`): each is such a pair, and piecewise linear methods need nothing more. With equal
     multipliers |x|^2 - |y|^2 telescopes over the comparators, so 1. and 2. hold for the group too.
@@ -44,7 +46,10 @@ from lipguard.network.operators import Diagonal, Index, Operator
 
 
 def elementwise(network: Network) -> Network:
-    """The same function without coupled nodes: every neuron is a function of one pre-activation. Itself if it has none."""
+    """The same function without coupled nodes but smooth ones: every other neuron is a function of one pre-activation.
+
+    Itself if there is nothing to rewrite.
+    """
     return _once(network, tied=False)
 
 
@@ -114,8 +119,8 @@ def _rewritten(network: Network, tied: bool) -> Network:
 
 
 def _open(node: Node, tied: bool) -> bool:
-    """Whether a node is to be rewritten; a sort of centred groups is not, where it may stand for tied neurons."""
-    return node.coupling is not None and not (tied and node.coupling.tied)
+    """Whether a node is to be rewritten: not smooth groups, nor a sort of centred groups where it may stand for tied neurons."""
+    return node.coupling is not None and node.coupling.pieces and not (tied and node.coupling.tied)
 
 
 class _Rewriter(Groups[int]):

@@ -5,6 +5,7 @@ What a neuron is, and their order, is a convention with the provers, whose multi
     a pair a, b of a sort, or of the tree of a maximum:  w = |(a - b)/2|,  max = (a + b)/2 + w,  min = (a + b)/2 - w
     a reflection along v:                                w = max(-v'z, 0),  result = z + 2 v w
     a tied group of g > 2:                               v = sort(u), all of u at once (see `with_tied_neurons`)
+    a softmax, a log-sum-exp, a length:                  tied neurons as they stand (`lipguard.network.contraction`)
 
 Every coefficient below is a floating-point number that stands for itself, so that the rewritten network is the same
 function, without rounding; what rounds when its maps are composed is bounded by those who compose them.
@@ -21,6 +22,7 @@ from torch import Tensor
 from lipguard.errors import NotCertified, UnsupportedQuery
 from lipguard.network import Activation, Affine, Coupled, Diagonal, Index, Network, Node, Operator, Sum
 from lipguard.network.activations import PiecewiseLinear
+from lipguard.network.contraction import Contraction
 from lipguard.network.coupled import Maxima, Reflection, Sort, comparators
 
 _LARGEST_SORTED = 16
@@ -100,6 +102,15 @@ def _rewritten(network: Network, tied: bool) -> Network:
         match node.function:
             case Maxima(index=index):
                 place.append(_windows(out, source, size, index.tolist()))
+            case Contraction() if tied:
+                # Tied neurons as it stands: no group's sum of squares grows along increments.
+                place.append(out.add(Coupled(source, node.function, node.name)))
+            case Contraction():
+                raise UnsupportedQuery(
+                    f"{node.name or 'a node'} is a smooth function of groups ({type(node.function).__name__}): it has no phases "
+                    "and no range on a domain here. The methods 'lipsdp-neuron', 'lipsdp-layer', 'spectral' and 'sampling' know "
+                    "it; or bound what is before it with submodule=...."
+                )
             case Reflection():
                 place.append(_reflection(out, source, size, node.function))
             case Sort(index=index) if tied and index.shape[1] > 2:

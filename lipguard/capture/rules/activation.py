@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from lipguard.capture.rules.rearrange import widened
 from lipguard.capture.rules.registry import lowers
 from lipguard.capture.trace import Trace, Value
 from lipguard.network import activations, smooth
@@ -140,5 +141,6 @@ _plain("cos", smooth.cos)
 
 def clipped(trace: Trace, x: Value, low: Number | None, high: Number | None, name: str) -> int:
     """min(max(x, low), high) with constant ends."""
+    x = widened(trace, x, low, high)
     ends = [None if end is None else trace.per_feature(end, x) for end in (low, high)]
     return trace.activation(x, activations.clip(*ends, name=name))

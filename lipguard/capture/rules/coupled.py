@@ -34,7 +34,10 @@ def group_sort(trace: Trace, x: Value, size: int, dim: int = 1, descending: bool
     Raises:
         InvalidExample: the size does not divide the dimension.
     """
-    return trace.coupled(x, Sort(_adjacent(trace, x, size, dim) if descending else _adjacent(trace, x, size, dim).flip(1)))
+    index = _adjacent(trace, x, size, dim)
+    if size == 1:
+        return x.node
+    return trace.coupled(x, Sort(index if descending else index.flip(1)))
 
 
 def maxmin(trace: Trace, x: Value, dim: int = 1) -> int:

@@ -10,21 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lipguard.capture.constants import Constant
-from lipguard.capture.rules.activation import relu
-from lipguard.capture.rules.arithmetic import PRODUCT, add, scaled
-from lipguard.capture.rules.rearrange import rearranged
+from lipguard.capture.rules.arithmetic import PRODUCT
+from lipguard.capture.rules.rearrange import assembled, broadcast, moved
 from lipguard.capture.rules.registry import lowers
 from lipguard.capture.trace import Trace, Value
 from lipguard.errors import InvalidExample
-from lipguard.network import smooth
-from lipguard.network.operators import Conv, Dense, Diagonal
+from lipguard.network.operators import Conv, Dense
 
 _LETTERS = string.ascii_lowercase.replace("i", "").replace("j", "").replace("k", "")[:-3]
 _CAPITALS = string.ascii_uppercase
-
-_LIMIT = 2**26
-"""Largest number of entries of a matrix that repeats a weight over positions: 512 MiB."""
 
 
 @lowers("linear")
@@ -42,6 +36,7 @@ def matmul(trace: Trace, input: Value | Tensor, other: Value | Tensor) -> int:
         if other.ndim <= 2:
             matrix = trace.constant(other, "matrix")
             return _right(trace, input, matrix[None] if matrix.ndim == 1 else matrix.T, None)
+        input = _stretched(trace, input, other)
         lead, stack, other = _stacked(trace, input.tensor.shape[:-2], other)
         return einsum(trace, f"{lead}ik,{stack}kj->{lead}ij", input, other)
     if isinstance(input, Tensor) and isinstance(other, Value):
@@ -50,6 +45,7 @@ def matmul(trace: Trace, input: Value | Tensor, other: Value | Tensor) -> int:
         if input.ndim == 1:
             names = _LETTERS[: other.tensor.ndim - 2]
             return einsum(trace, f"k,{names}kj->{names}j", input, other)
+        other = _stretched(trace, other, input)
         lead, stack, input = _stacked(trace, other.tensor.shape[:-2], input)
         return einsum(trace, f"{stack}ik,{lead}kj->{lead}ij", input, other)
     return _product_of_values(trace)
@@ -59,18 +55,6 @@ def matmul(trace: Trace, input: Value | Tensor, other: Value | Tensor) -> int:
 def rmatmul(trace: Trace, input: Value | Tensor, other: Value | Tensor) -> int:
     """other @ input."""
     return matmul(trace, other, input)
-
-
-@lowers("addmm")
-def addmm(
-    trace: Trace, input: Value | Tensor, mat1: Value | Tensor, mat2: Value | Tensor, *, beta: float = 1, alpha: float = 1
-) -> int:
-    """beta input + alpha mat1 @ mat2."""
-    if not isinstance(mat1, Value):
-        trace.refuse("mixes the samples of a batch: the rows of its right factor depend on the input.")
-    node = trace.value(matmul(trace, mat1, mat2), torch.matmul(mat1.tensor, mat2) if isinstance(mat2, Tensor) else mat1.tensor)
-    node = trace.value(scaled(trace, node, alpha), node.tensor)
-    return node.node if beta == 0 else add(trace, node, input, alpha=beta)
 
 
 def _right(trace: Trace, x: Value, weight: Tensor, bias: Tensor | None) -> int:
@@ -86,10 +70,10 @@ def _right(trace: Trace, x: Value, weight: Tensor, bias: Tensor | None) -> int:
     if positions == 1:
         return trace.affine(x, Dense(weight), shift)
     # The same weight at every position: a kernel of one tap on (features, positions), as convolutions hold their channels.
-    moved = _moved(trace, x, lambda code: code.reshape(len(code), positions, features).transpose(1, 2))
-    node = _pointwise(trace, moved, weight, positions, 1, None if shift is None else shift.repeat_interleave(positions))
+    columns = moved(trace, x, lambda code: code.reshape(len(code), positions, features).transpose(1, 2))
+    node = _pointwise(trace, columns, weight, positions, 1, None if shift is None else shift.repeat_interleave(positions))
     result = trace.value(node, x.tensor.new_empty(len(x.tensor), len(weight), positions))
-    return _moved(trace, result, lambda code: code.transpose(1, 2)).node
+    return moved(trace, result, lambda code: code.transpose(1, 2)).node
 
 
 @lowers("einsum")
@@ -142,11 +126,11 @@ def einsum(trace: Trace, equation: object, *operands: Any) -> int:
     count, before, after = (math.prod(sizes[c] for c in part) for part in (groups, met, fresh))
     positions = math.prod(sizes[c] for c in places)
     order = [own.index(c) for c in (own[0], *groups, *met, *places)]
-    moved = _moved(trace, x, lambda code: code.permute(order).reshape(len(code), count * before, positions))
-    node = _pointwise(trace, moved, weight.reshape(count * after, before), positions, count)
+    columns = moved(trace, x, lambda code: code.permute(order).reshape(len(code), count * before, positions))
+    node = _pointwise(trace, columns, weight.reshape(count * after, before), positions, count)
     held = (own[0], *groups, *fresh, *places)
     result = trace.value(node, x.tensor.new_empty([sizes[c] for c in held]))
-    return _moved(trace, result, lambda code: code.permute([held.index(c) for c in out])).node
+    return moved(trace, result, lambda code: code.permute([held.index(c) for c in out])).node
 
 
 def _in_turn(trace: Trace, x: Value, own: str, constants: list[tuple[str, Tensor]], out: str) -> int:
@@ -167,8 +151,19 @@ def cumsum(trace: Trace, input: Value, dim: int, *, dtype: torch.dtype | None = 
 
 
 @lowers("diff")
-def diff(trace: Trace, input: Value, n: int = 1, dim: int = -1) -> int:
-    """Differences of neighbours along a dimension."""
+def diff(
+    trace: Trace,
+    input: Value,
+    n: int = 1,
+    dim: int = -1,
+    prepend: Value | Tensor | None = None,
+    append: Value | Tensor | None = None,
+) -> int:
+    """Differences of neighbours along a dimension, after what is set before and behind it."""
+    parts = [part for part in (prepend, input, append) if part is not None]
+    if len(parts) > 1:
+        plain = torch.cat([part.tensor if isinstance(part, Value) else part for part in parts], dim)
+        input = trace.value(assembled(trace, parts, lambda codes: torch.cat(codes, dim)), plain)
     return _along(trace, input, dim, lambda eye: eye.diff(n, dim=0))
 
 
@@ -183,53 +178,14 @@ def _along(trace: Trace, x: Value, dim: int, function: Callable[[Tensor], Tensor
     return einsum(trace, f"yz,{names.replace(names[dim], 'z')}->{names.replace(names[dim], 'y')}", matrix, x)
 
 
-def _register_cell(name: str, function: Callable[[Trace, Value], int]) -> None:
-    """One step of an Elman network: function(W x + b + U h + c)."""
-
-    def cell(
-        trace: Trace,
-        input: Value | Tensor,
-        hx: Value | Tensor,
-        w_ih: Tensor,
-        w_hh: Tensor,
-        b_ih: Tensor | None = None,
-        b_hh: Tensor | None = None,
-    ) -> int:
-        found: list[Value] = []
-        held: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        for x, weight, bias in ((input, w_ih, b_ih), (hx, w_hh, b_hh)):
-            if isinstance(x, Value):
-                place = x.tensor.new_empty(len(x.tensor), len(weight))
-                found.append(trace.value(linear(trace, x, weight, bias), place))
-            else:
-                held.append((x, weight, bias))
-        if not held:
-            return function(trace, trace.value(add(trace, found[0], found[1]), found[0].tensor))
-        [(x, weight, bias)], (value,) = held, found
-        # What a held state adds: W h + b, of which the product is a sum that rounds.
-        state = trace.per_feature(x, trace.value(value.node, x.expand(len(value.tensor), -1))).expand(x.shape[-1])
-        shift = Constant(state).through(Dense(trace.constant(weight, "weight")))
-        if bias is not None:
-            shift = shift + Constant(trace.constant(bias, "bias"))
-        one = Diagonal(torch.ones((), dtype=torch.float64, device=state.device), value.size)
-        return function(trace, trace.value(trace.affine(value, one, shift.center, shift.radius), value.tensor))
-
-    lowers(name)(cell)
-
-
-_register_cell("rnn_tanh_cell", lambda trace, x: trace.activation(x, smooth.tanh()))
-_register_cell("rnn_relu_cell", relu)
-
-
-def _moved(trace: Trace, x: Value, move: Callable[[Tensor], Tensor]) -> Value:
-    node = rearranged(trace, x, move)
-    assert isinstance(node, int)
-    return trace.value(node, move(x.tensor))
-
-
 def _pointwise(trace: Trace, x: Value, weight: Tensor, positions: int, groups: int, shift: Tensor | None = None) -> int:
     kernel = weight[:, :, None].contiguous()
     return trace.affine(x, Conv(kernel, (positions,), (positions,), (1,), (0,), (1,), groups), shift)
+
+
+def _stretched(trace: Trace, x: Value, matrices: Tensor) -> Value:
+    """A stack of values repeated where it is of size 1 and that of the matrices is not."""
+    return broadcast(trace, x, (*torch.broadcast_shapes(x.tensor.shape[:-2], matrices.shape[:-2]), *x.tensor.shape[-2:]))
 
 
 def _stacked(trace: Trace, value: Sequence[int], matrices: Tensor) -> tuple[str, str, Tensor]:
@@ -256,12 +212,6 @@ def _letters(trace: Trace, equation: str, ranks: list[int]) -> tuple[list[str], 
         joined = "".join(terms)
         out = dots + "".join(sorted({c for c in joined if joined.count(c) == 1 and c not in dots}))
     return terms, out.replace("...", dots)
-
-
-def check_size(trace: Trace, entries: int) -> None:
-    """Refuse a matrix of more entries than memory should hold."""
-    if entries > _LIMIT:
-        trace.refuse(f"repeats its weight over so many positions that the matrix would have {entries} entries (limit {_LIMIT}).")
 
 
 def _product_of_values(trace: Trace) -> int:

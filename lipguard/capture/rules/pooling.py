@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from lipguard.capture.rules.convolution import per_dimension
-from lipguard.capture.rules.linear import check_size
+from lipguard.capture.rules.operands import check_size
 from lipguard.capture.rules.rearrange import rearranged
 from lipguard.capture.rules.registry import lowers
 from lipguard.capture.trace import UNKNOWN, Trace, Value
@@ -89,10 +89,38 @@ def interpolate(
         return F.interpolate(x, size, scale_factor, mode, *args, **kwargs)
 
     if mode.startswith("nearest"):
-        node = rearranged(trace, input, function)
+        node = rearranged(trace, input, lambda code: _in_digits(code, function, input.tensor.dtype))
         assert isinstance(node, int)
         return node
     return _by_matrix(trace, input, input.tensor.ndim - 2, function)
+
+
+@lowers("grid_sample", "grid_sampler")
+def grid_sample(trace: Trace, input: Value, grid: Tensor, *args: Any, **kwargs: Any) -> int:
+    """Interpolation at constant places, the same for every sample."""
+    if isinstance(grid, Value) or not isinstance(input, Value):
+        trace.refuse("samples at places that depend on the input: a product of values and of weights that move with them.")
+    places = trace.constant(grid, "grid")
+    if not bool((places == places[:1]).all()):
+        trace.refuse("treats the samples of a batch differently.")
+
+    def function(x: Tensor) -> Tensor:
+        return F.grid_sample(x, places[:1].expand(len(x), *places.shape[1:]), *args, **kwargs)
+
+    return _by_matrix(trace, input, input.tensor.ndim - 2, function)
+
+
+def _in_digits(code: Tensor, function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+    """A function that moves entries, as torch's kernel for `dtype` does, on codes, whose digits every type holds exactly.
+
+    The kernel computes the places that it reads in its own precision: in float32 they are others than in float64.
+    """
+    moved = torch.zeros((), dtype=torch.float64, device=code.device)
+    digits, factor = code, 1.0
+    while bool(digits.any()):
+        moved = moved + factor * function((digits % 256).to(dtype)).to(torch.float64)
+        digits, factor = (digits / 256).floor(), factor * 256
+    return moved
 
 
 def _space(trace: Trace, x: Value, dims: int) -> tuple[int, ...]:

@@ -6,18 +6,19 @@ index, and along which dimension the samples lie. Whether a sample's entries eve
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from lipguard.capture.expressions import moved as moved_expression
 from lipguard.capture.rules.registry import lowers
 from lipguard.capture.trace import BatchMoved, Placed, Trace, Value
 from lipguard.network.operators import Index
 
-_MOVES: dict[str, Callable[..., Any]] = {
+MOVES: dict[str, Callable[..., Any]] = {
     "__getitem__": Tensor.__getitem__,
     "T": lambda x: x.T,
     "mT": lambda x: x.mT,
@@ -26,17 +27,20 @@ _MOVES: dict[str, Callable[..., Any]] = {
     "pixel_shuffle": torch.pixel_shuffle,
     "pixel_unshuffle": torch.pixel_unshuffle,
     "im2col": F.unfold,
+    "fft_fftshift": torch.fft.fftshift,
+    "fft_ifftshift": torch.fft.ifftshift,
 } | {
     name: getattr(Tensor, name)
     for name in (
-        "adjoint", "broadcast_to", "chunk", "diagonal", "expand", "flip", "fliplr", "flipud", "gather", "hsplit", "index_select",
+        "adjoint", "broadcast_to", "chunk", "diagonal", "diag_embed", "expand", "flip", "fliplr", "flipud", "gather", "hsplit",
+        "index_select",
         "moveaxis", "movedim", "narrow", "permute", "repeat", "repeat_interleave", "roll", "rot90", "select", "split",
         "split_with_sizes", "swapaxes", "swapdims", "t", "take_along_dim", "tensor_split", "tile", "transpose", "tril", "triu",
         "unbind", "unfold", "unsafe_chunk", "unsafe_split", "vsplit", "flatten", "reshape", "unflatten", "ravel", "squeeze",
         "unsqueeze", "view_as", "reshape_as", "expand_as",
     )
 } | {"view": Tensor.reshape}  # fmt: skip
-_JOINS = {
+JOINS = {
     name: getattr(torch, name)
     for name in ("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack")
 }  # fmt: skip
@@ -74,11 +78,34 @@ def _codes(x: Value, step: int, first: int = 1) -> Tensor:
     return codes[0] if x.axis is None else codes.movedim(0, axis)
 
 
-def broadcast(trace: Trace, x: Value, shape: torch.Size) -> Value:
-    """x expanded to a shape."""
-    node = rearranged(trace, x, lambda code: code.expand(shape))
+def moved(trace: Trace, x: Value, move: Callable[[Tensor], Tensor]) -> Value:
+    """The value after a function that moves, drops or repeats entries and gives one tensor."""
+    node = rearranged(trace, x, move)
     assert isinstance(node, int)
-    return trace.value(node, x.tensor.expand(shape))
+    return trace.value(node, move(x.tensor))
+
+
+def broadcast(trace: Trace, x: Value, shape: Sequence[int]) -> Value:
+    """x expanded to a shape."""
+    return x if tuple(x.tensor.shape) == tuple(shape) else moved(trace, x, lambda code: code.expand(shape))
+
+
+def widened(trace: Trace, x: Value, *constants: object) -> Value:
+    """x expanded to the shape that torch gives to it and constants together: where it is of size 1, its entries repeat."""
+    shapes = [constant.shape for constant in constants if isinstance(constant, Tensor)]
+    try:
+        return broadcast(trace, x, torch.broadcast_shapes(x.tensor.shape, *shapes))
+    except RuntimeError:
+        met = " and ".join(str(tuple(shape)) for shape in shapes)
+        trace.refuse(f"meets a constant of shape {met} with a value of shape {tuple(x.tensor.shape)}.")
+
+
+def index_of(trace: Trace, moved: Tensor, rows: int, size: int) -> Tensor:
+    """The index that codes show, the same for every sample; the samples lie along the first dimension."""
+    index, axis = _index(trace, moved, rows, size)
+    if axis != 0 and rows > 1:
+        raise BatchMoved(f"{trace.place} moves the samples of a batch to dimension {axis}. Keep them the first.")
+    return index
 
 
 def _index(trace: Trace, moved: Tensor, rows: int, size: int) -> tuple[Tensor, int | None]:
@@ -110,7 +137,11 @@ def _index(trace: Trace, moved: Tensor, rows: int, size: int) -> tuple[Tensor, i
 
 
 def _emit(trace: Trace, x: Value, index: Tensor, fill: float = 0.0) -> int:
-    shift = torch.where(index < 0, fill, 0.0).to(torch.float64) if fill and bool((index < 0).any()) else None
+    # A number times a float64 mask: of two Python numbers torch would make float32, which rounds the fill.
+    shift = fill * (index < 0).to(torch.float64) if fill and bool((index < 0).any()) else None
+    if x.node in trace.pending and not bool((index < 0).any()):
+        pending = trace.pending[x.node]
+        return trace.put(moved_expression(pending, index, lambda node: select(trace, node, index, x.size)), len(index))
     source, place, size = _read(trace, x)
     return select(trace, source, torch.where(index < 0, -1, place[index]), size, shift)
 
@@ -124,11 +155,12 @@ def select(trace: Trace, node: int, index: Tensor, size: int, shift: Tensor | No
 
 def _read(trace: Trace, x: Value) -> tuple[int, Tensor, int]:
     """The node that a value's entries are read from, their places there, and its size: one selection is looked through."""
-    node = trace.nodes[x.node]
+    read = trace.settled(x.node)
+    node = trace.nodes[read]
     if node.selection is not None:
         source = node.sources[0]
         return source, node.selection, trace.sizes[source]
-    return x.node, torch.arange(x.size, device=x.tensor.device), x.size
+    return read, torch.arange(x.size, device=x.tensor.device), x.size
 
 
 def joined(trace: Trace, parts: list[Value]) -> int:
@@ -154,17 +186,20 @@ def _gathered(trace: Trace, values: list[Value], begins: list[int], index: Tenso
     return embedded[0].node if len(embedded) == 1 else trace.sum(*embedded)
 
 
-def _depends(tree: object) -> bool:
+def depends(tree: object) -> bool:
+    """Whether a value is among arguments."""
     if isinstance(tree, list | tuple):
-        return any(_depends(part) for part in tree)
-    return isinstance(tree, Value) or (isinstance(tree, dict) and _depends(tuple(tree.values())))
+        return any(depends(part) for part in tree)
+    return isinstance(tree, Value) or (isinstance(tree, dict) and depends(tuple(tree.values())))
 
 
 def _register(name: str, move: Callable[..., Any]) -> None:
-    def rule(trace: Trace, input: Value, *args: Any, **kwargs: Any) -> Placed | tuple[Placed, ...]:
+    def rule(trace: Trace, input: Value, *args: Any, **kwargs: Any) -> Placed | tuple[Placed, ...] | None:
         if name.endswith("_as") and len(args) == 1 and isinstance(args[0], Value):
             args = (args[0].tensor,)  # only its shape matters
-        if not isinstance(input, Value) or _depends((args, kwargs)):
+        if name.endswith("_as") and not isinstance(input, Value):
+            return None  # a constant that takes the shape of a value
+        if not isinstance(input, Value) or depends((args, kwargs)):
             trace.refuse("reads entries at places that depend on the input.")
         if name == "view" and isinstance((*args, *kwargs.values())[0], torch.dtype):
             trace.refuse("reads the bits of its input as another type: it is not a function of real numbers.")
@@ -173,7 +208,7 @@ def _register(name: str, move: Callable[..., Any]) -> None:
     lowers(name, whole=True)(rule)
 
 
-for _name, _move in _MOVES.items():
+for _name, _move in MOVES.items():
     _register(_name, _move)
 
 
@@ -189,34 +224,6 @@ def pad(
     return rearranged(trace, input, lambda code: F.pad(code, pad, mode=mode))
 
 
-@lowers("where", whole=True)
-def where(trace: Trace, condition: Any, input: Any = None, other: Any = None) -> Placed:
-    """Entries of one or the other, by a constant condition."""
-    if isinstance(condition, Value) or input is None:
-        trace.refuse("chooses by the values it is given: it jumps unless both choices agree where the choice changes.")
-    return _joined(trace, [input, other], lambda parts: torch.where(condition, *parts))
-
-
-@lowers("masked_fill", whole=True)
-def masked_fill(trace: Trace, input: Any, mask: Any, value: Any) -> Placed:
-    """A number in place of the entries under a constant mask."""
-    return where(trace, mask, value, input)
-
-
-@lowers("setitem", "__setitem__", whole=True)
-def setitem(trace: Trace, input: Any, place: Any, value: Any) -> Placed:
-    """The tensor after writing into it; `Tracer` gives it this node."""
-    if _depends(place):
-        trace.refuse("writes entries at places that depend on the input.")
-
-    def write(parts: list[Tensor]) -> Tensor:
-        written = parts[0].clone()
-        written[place] = parts[1]
-        return written
-
-    return _joined(trace, [input, value], write)
-
-
 @lowers("fold", "col2im")
 def fold(trace: Trace, input: Value, output_size: Any, *args: Any, **kwargs: Any) -> int:
     """Overlapping blocks added up: the adjoint of unfold, by the places that unfold reads."""
@@ -229,17 +236,28 @@ def fold(trace: Trace, input: Value, output_size: Any, *args: Any, **kwargs: Any
 
 def _register_join(name: str, join: Callable[..., Tensor]) -> None:
     def rule(trace: Trace, tensors: Any, *args: Any, **kwargs: Any) -> Placed:
-        return _joined(trace, list(tensors), lambda parts: join(parts, *args, **kwargs))
+        return assembled_anywhere(trace, list(tensors), lambda parts: join(parts, *args, **kwargs))
 
     lowers(name, whole=True)(rule)
 
 
-for _name, _join in _JOINS.items():
+for _name, _join in JOINS.items():
     _register_join(_name, _join)
 
 
-def _joined(trace: Trace, parts: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Placed:
-    """The sum of the values, each embedded at its places; constants become a bias."""
+def assembled(trace: Trace, parts: list[Any], join: Callable[[list[Tensor]], Tensor]) -> int:
+    """Values and constants put together by a function that only moves entries: each value at its places, constants as a bias.
+
+    The samples of the values and of the result lie along the first dimension.
+    """
+    result = assembled_anywhere(trace, parts, join)
+    if result.axis != 0 and any(part.rows > 1 for part in parts if isinstance(part, Value)):
+        raise BatchMoved(f"{trace.place} moves the samples of a batch to dimension {result.axis}. Keep them the first.")
+    return result.node
+
+
+def assembled_anywhere(trace: Trace, parts: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Placed:
+    """The same of values whose samples lie along any dimension."""
     values = [part for part in parts if isinstance(part, Value)]
     rows, total = max(value.rows for value in values), sum(value.size for value in values)
     device = values[0].tensor.device

@@ -18,29 +18,10 @@ _ATTENTION = (
     "stay within a radius R it has one, of the order of R^2. Bound the parts before and after it with submodule=..., or use "
     "mixing with fixed weights."
 )
-_POWERS = "raises its windows to a power: it has no rule. Use average pooling, or bound a submodule with submodule=...."
-_SOFTMAX = (
-    "is no elementwise function: the slope interval of a neuron does not describe its Jacobian diag(p) - p p', whose 2-norm is "
-    "at most 1/2. Bound the logits before it with submodule=... or without this last layer; the probabilities have at most half "
-    "of that bound."
-)
-_LOG_SOFTMAX = (
-    "is no elementwise function: its Jacobian is I - 1 p', of 2-norm at most 1 + sqrt(m) for m classes. Bound the logits before "
-    "it with submodule=... or without this last layer: class differences are the same."
-)
-_LOGSUMEXP = (
-    "is no elementwise function: its gradient p are probabilities, of 2-norm at most 1. Bound what is before it with "
-    "submodule=...: that bound holds behind it as well."
-)
 _GATE = (
     "multiplies one half of its input by a gate that depends on the other: a quadratic map has no global Lipschitz constant. "
     "Where the values stay within a radius A, its constant is at most 1 + A / 4. Bound the parts before and after it with "
     "submodule=...."
-)
-_RECURRENT = (
-    "is recurrent, which has no rule: over a series of T steps it is a network of T layers with one shared weight, and its "
-    "constant may grow exponentially with T. Write the loop over the steps with nn.RNNCell: it is captured for the example's "
-    "length."
 )
 _GATED = (
     "is recurrent with gates that multiply the state: a product of two values is not a function of single entries. From a zero "
@@ -60,14 +41,18 @@ _ROOT = (
     "has a slope that is not bounded near zero; where z >= r > 0 it has one. Bound the part before it with submodule=..., or "
     "keep the value away from zero with clamp(min=...) in a layer of your own with @lowers."
 )
+_EXPONENTIAL = (
+    "has a slope that is not bounded on all of R. Where z <= R its slope is at most e^R: bound the part before it with "
+    "submodule=...."
+)
 
+JUMPS = (
+    "chooses by {origin} of a value that depends on the input: the result jumps unless both choices agree where the choice "
+    "changes. Write it with relu, clamp or abs, or bound the part before it with submodule=...."
+)
 _JUMPS = (
     "asks a question of values that depend on the input: what is chosen by the answer jumps unless both choices agree where it "
     "changes. Write it with relu, clamp or abs, or bound the part before it with submodule=...."
-)
-_LENGTH = (
-    "is a length, which is not a function of single entries. x -> |x| has the constant 1 in its own norm: the bound of what is "
-    "before it, submodule=..., bounds its length. x / |x| has the slope 1 / |x|, which has no bound near zero."
 )
 _SPREAD = (
     "is the spread of the sample itself: a division by it has no bound that is useful where it vanishes. Use BatchNorm, whose "
@@ -75,16 +60,9 @@ _SPREAD = (
 )
 
 REASONS = dict.fromkeys((
-    "gt", "lt", "ge", "le", "eq", "ne", "greater", "less", "greater_equal", "less_equal", "not_equal", "__gt__", "__lt__",
-    "__ge__", "__le__", "__eq__", "__ne__", "isnan", "isinf", "isfinite", "isclose", "any", "all", "argmax", "argmin", "argsort",
-    "count_nonzero", "logical_and", "logical_or", "logical_not", "logical_xor", "__and__", "__or__", "__invert__", "nonzero",
+    "isnan", "isinf", "isfinite", "isclose", "any", "all", "argmax", "argmin", "argsort", "count_nonzero", "nonzero",
     "masked_select", "unique", "bincount", "histc", "searchsorted", "bucketize",
 ), _JUMPS) | dict.fromkeys(("std", "var", "std_mean", "var_mean"), _SPREAD) | {
-    "norm": _LENGTH,
-    "softmax": _SOFTMAX,
-    "softmin": _SOFTMAX,
-    "log_softmax": _LOG_SOFTMAX,
-    "logsumexp": _LOGSUMEXP,
     "normalize": _NORMALIZE,
     "cosine_similarity": _NORMALIZE,
     "local_response_norm": "divides by the squares of neighbouring channels: it is not a function of single entries, and has no "
@@ -95,20 +73,20 @@ REASONS = dict.fromkeys((
     "glu": _GATE,
     "pow": _POWER,
     "square": _POWER,
-    "exp": "has a slope that is not bounded on all of R. Where z <= R its slope is at most e^R: bound the part before it with "
-    "submodule=....",
+    "expm1": _EXPONENTIAL,
+    "sinh": _EXPONENTIAL,
+    "cosh": _EXPONENTIAL,
+    "log1p": _ROOT,
+    "exp": _EXPONENTIAL,
     "sqrt": _ROOT,
     "rsqrt": _ROOT,
     "log": _ROOT,
-    "sign": "is a step function: it has no Lipschitz constant.",
     "round": "is a step function: it has no Lipschitz constant.",
     "floor": "is a step function: it has no Lipschitz constant.",
     "ceil": "is a step function: it has no Lipschitz constant.",
     "_threshold": "jumps at its threshold unless both sides agree there: write it as clamp(min=...).",
     "hardshrink": "jumps at its threshold: it has no Lipschitz constant.",
     "embedding": "is a table look-up: its input is not a vector of real numbers.",
-    "rnn_tanh": _RECURRENT,
-    "rnn_relu": _RECURRENT,
     "lstm": _GATED,
     "lstm_cell": _GATED,
     "gru": _GATED,
@@ -118,7 +96,7 @@ REASONS = dict.fromkeys((
     name: reason
     for n in (1, 2, 3)
     for name, reason in (
-        (f"lp_pool{n}d", _POWERS), (f"fractional_max_pool{n}d", _RANDOM), (f"fractional_max_pool{n}d_with_indices", _RANDOM),
+        (f"fractional_max_pool{n}d", _RANDOM), (f"fractional_max_pool{n}d_with_indices", _RANDOM),
     )
 }  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 A rule is `rule(trace, *args, **kwargs) -> int`, called with the call's own arguments, every tensor that depends on the
 input replaced by a `Value`; it emits nodes through the `Trace` and returns the index of the node that holds the result,
-or a tuple of them for a call that returns several tensors.
+or a tuple of them for a call that returns several tensors; None stands for a result that does not depend on the input, as of
+`constant.to(value)`.
 A rule for a class of modules also gets the module: `rule(trace, module, *args, **kwargs)`.
 """
 
@@ -19,14 +20,16 @@ from torch import nn
 if TYPE_CHECKING:
     from lipguard.capture.trace import Placed, Trace, Value
 
-Rule = Callable[..., "int | Placed | tuple[int | Placed, ...]"]
+Rule = Callable[..., "int | Placed | tuple[int | Placed | None, ...] | None"]
 RuleT = TypeVar("RuleT", bound=Rule)
 
 _FAMILIES = (
-    "activation", "arithmetic", "convolution", "coupled", "linear", "normalization", "pooling", "rearrange", "refused", "shape",
+    "activation", "arithmetic", "convolution", "coupled", "refused", "linear", "normalization", "pooling", "products",
+    "rearrange", "shape", "writes", "lengths", "order", "recurrent", "fourier", "elementwise",
 )  # fmt: skip
 
 _FUNCTIONS: dict[object, Rule] = {}
+_COMPLEX: dict[object, Rule] = {}
 _MODULES: dict[type[nn.Module], tuple[Rule, object]] = {}
 _WHOLE: set[Rule] = set()
 
@@ -79,6 +82,21 @@ def lowers(*keys: type[nn.Module] | Callable[..., object] | str, whole: bool = F
         return rule
 
     return register
+
+
+def lowers_complex(*names: str) -> Callable[[RuleT], RuleT]:
+    """Register a rule for calls in which a complex tensor takes part; a complex value has two entries for each number."""
+
+    def register(rule: RuleT) -> RuleT:
+        _COMPLEX.update(dict.fromkeys(names, rule))
+        return rule
+
+    return register
+
+
+def complex_rule(key: object) -> Rule | None:
+    """The rule for a canonical key, where a complex tensor takes part."""
+    return _COMPLEX.get(key)
 
 
 def function_rule(key: object) -> Rule | None:

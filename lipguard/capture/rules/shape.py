@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
+from lipguard.capture.rules.rearrange import broadcast
 from lipguard.capture.rules.registry import lowers
 from lipguard.capture.trace import Placed, Trace, Value
 
 
 @lowers("contiguous", "clone", "positive", "alias", "identity", "requires_grad", "cpu", "cuda", whole=True)
-def same(trace: Trace, input: Value, *args: object, **kwargs: object) -> Placed:
-    """The same entries at the same places."""
-    return Placed(input.node, input.axis)
+def same(trace: Trace, input: Value | Tensor, *args: object, **kwargs: object) -> Placed | None:
+    """The same entries at the same places; a constant like a value stays one."""
+    return Placed(input.node, input.axis) if isinstance(input, Value) else None
 
 
 @lowers("to", "type_as", "float", "double", "half", "bfloat16", "type", whole=True)
-def convert(trace: Trace, input: Value, *args: object, **kwargs: object) -> Placed:
-    """A change of device or floating type: the identity of the real-valued function."""
-    return Placed(input.node, input.axis)
+def convert(trace: Trace, input: Value | Tensor, *args: object, **kwargs: object) -> Placed | None:
+    """A change of device or floating type: the identity of the real-valued function; a constant like a value stays one."""
+    return Placed(input.node, input.axis) if isinstance(input, Value) else None
+
+
+@lowers("broadcast_tensors")
+def broadcast_tensors(trace: Trace, *tensors: object) -> tuple[int | None, ...]:
+    """Every tensor expanded to the common shape."""
+    parts = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], list | tuple) else tensors
+    shapes = [(part.tensor if isinstance(part, Value) else part).shape for part in parts]  # type: ignore[union-attr]
+    shape = torch.broadcast_shapes(*shapes)
+    return tuple(broadcast(trace, part, shape).node if isinstance(part, Value) else None for part in parts)
 
 
 @lowers("detach", whole=True)

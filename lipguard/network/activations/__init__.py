@@ -12,21 +12,24 @@ from typing import Any
 
 from lipguard.network.activations.base import Elementwise
 from lipguard.network.activations.clipping import clip
+from lipguard.network.activations.formula import Formula
 from lipguard.network.activations.hard_sigmoid import hardsigmoid
 from lipguard.network.activations.modulus import absolute
 from lipguard.network.activations.named import NAMED, register
 from lipguard.network.activations.piecewise import PiecewiseLinear
 from lipguard.network.activations.rectifiers import leaky_relu, relu
 from lipguard.network.activations.shrinkage import softshrink
+from lipguard.network.activations.terms import Total
 
 __all__ = [
-    "KINDS", "Elementwise", "PiecewiseLinear", "absolute", "clip", "from_record", "hardsigmoid", "leaky_relu", "register", "relu",
+    "KINDS", "Elementwise", "Formula", "PiecewiseLinear", "absolute", "clip", "from_record", "hardsigmoid", "leaky_relu",
+    "register", "relu",
     "softshrink",
 ]  # fmt: skip
 
 
-KINDS = ("Elementwise", "PiecewiseLinear", "Smooth", "Wave")
-"""How a record may hold a function: by its registered name and parameters, or by break points and slopes."""
+KINDS = ("Elementwise", "Formula", "PiecewiseLinear", "Smooth", "Wave")
+"""How a record may hold a function: by its registered name and parameters, by break points and slopes, or by a formula."""
 
 
 def from_record(kind: str, parts: Mapping[str, Any]) -> Elementwise:
@@ -37,6 +40,11 @@ def from_record(kind: str, parts: Mapping[str, Any]) -> Elementwise:
         KeyError: a field is missing.
     """
     name = parts["name"]
+    if kind == "Formula":
+        made = Formula(parts["breaks"], [Total.from_record(total) for total in parts["totals"]])
+        if made.name != name:
+            raise ValueError(f"the name {name!r} stands for another formula")
+        return made
     if kind == "PiecewiseLinear":
         # Which slopes are rounded is no field of the record: the function is known by its name.
         return PiecewiseLinear(name, parts["breaks"], parts["pieces"], parts["value"], rounded=name == "hardsigmoid")

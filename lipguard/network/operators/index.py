@@ -10,9 +10,13 @@ from torch.nn import functional as F  # noqa: N812
 
 from lipguard.network.operators.base import Operator, Shape
 from lipguard.network.operators.conv import Conv
+from lipguard.network.operators.dense import Dense
 from lipguard.network.operators.diagonal import Diagonal
 from lipguard.network.operators.moves import moved_alike
 from lipguard.rounding import sqrt_up
+
+_SMALL = 2**16
+"""Entries up to which a selection and an adjoint are composed to a matrix."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +89,12 @@ class Index(Operator):
     def after(self, inner: Operator) -> Operator | None:
         """A selection from a selection is one; the identity where every entry ends where it was."""
         first = inner.selection
-        if first is None or self.transposed:
+        if first is None:
             return None
+        if self.transposed:
+            # Entries read at places and added at others: counts, exact, where the matrix is small.
+            small = self.shape[0] * inner.shape[1] <= _SMALL
+            return Dense(self(inner.dense().T).T.contiguous()) if small else None
         size = inner.shape[1]
         # x[i][j] = x[i[j]], where the index -1 reads a zero
         index = torch.cat([first, first.new_full((1,), -1)])[self.index]
