@@ -11,7 +11,7 @@ from typing import Any
 
 from lipguard.errors import NotCertified, UnreadableCheckpoint
 
-__all__ = ["read_document", "write_atomically"]
+__all__ = ["read_document", "refuse_constant", "write_atomically"]
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -38,7 +38,7 @@ def read_document(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UnreadableCheckpoint(f"{path} is no regular file that is there. Give the path of a saved result.")
     try:
-        document = json.loads(path.read_bytes().decode("ascii"), object_pairs_hook=_once, parse_constant=_refused)
+        document = json.loads(path.read_bytes().decode("ascii"), object_pairs_hook=_once, parse_constant=refuse_constant)
     except OSError as error:
         raise UnreadableCheckpoint(f"{path} cannot be read: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:
@@ -55,5 +55,10 @@ def _once(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
     return found
 
 
-def _refused(token: str) -> object:
+def refuse_constant(token: str) -> object:
+    """For `json.loads(parse_constant=...)`: NaN and Infinity are Python's, not JSON's.
+
+    Raises:
+        ValueError: always.
+    """
     raise ValueError(f"{token} is not a JSON number")

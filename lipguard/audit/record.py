@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lipguard.errors import NotCertified, UnreadableCheckpoint
-from lipguard.files import write_atomically
+from lipguard.files import refuse_constant, write_atomically
 
 __all__ = ["FORMAT", "STATUS_CODES", "AuditRecord", "read_record", "record_path", "write_atomically", "write_record"]
 
@@ -115,10 +115,10 @@ def read_record(path: str | os.PathLike[str]) -> AuditRecord:
     file = Path(path)
     try:
         text = file.read_bytes().decode("ascii")
-        document = json.loads(text)
+        document = json.loads(text, parse_constant=refuse_constant)
     except OSError as error:
         raise UnreadableCheckpoint(f"{file} cannot be read: {error.strerror or error}.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise NotCertified(f"{file} is truncated or was changed: it is no JSON document ({error}).") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         found = document.get("format") if isinstance(document, dict) else None

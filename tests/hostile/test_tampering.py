@@ -333,3 +333,40 @@ def test_the_command_says_why_and_exits_with_1(audited, tmp_path, capsys):
     row = json.loads(capsys.readouterr().out)["records"][0]
     assert row["state"] == "not certified"
     assert "the value, a multiplier or the domain was changed" in row["remark"]
+
+
+def radii(document: dict) -> list[tuple]:
+    return [path for path in leaves(document) if path[-1:] == ("rho",)]
+
+
+@pytest.mark.parametrize("rho", [-1e-16, 1e300, 3.0, True, "0.0", None])
+def test_a_radius_that_is_none_is_refused(audited, tmp_path, rho):
+    record = tmp_path / "a.ckpt.lipguard.json"
+    for path in radii(json.loads(record_path(audited).read_bytes())):
+        document = json.loads(record_path(audited).read_bytes())
+        put(document, path, rho)
+        resealed(document, record)
+        assert caught(record, audited), path
+
+
+@pytest.mark.parametrize("token", ["NaN", "Infinity", "-Infinity"])
+def test_numbers_that_json_does_not_know_are_refused(audited, tmp_path, token):
+    document = json.loads(record_path(audited).read_bytes())
+    put(document, radii(document)[0], float(token.lower().replace("infinity", "inf")))
+    record = tmp_path / "a.ckpt.lipguard.json"
+    record.write_text(json.dumps(document, indent=1) + "\n")
+    assert token in record.read_text() and caught(record, audited)
+
+
+def test_a_smaller_radius_is_another_network(audited, tmp_path):
+    """BatchNorm is folded with a radius; who claims a smaller one claims a bound of another network."""
+    original = json.loads(record_path(audited).read_bytes())
+    paths = [path for path in radii(original) if at(original, path) > 0]
+    assert paths and any("bias_radius" in path for path in leaves(original))
+    for path in paths:
+        for smaller in (0.0, at(original, path) / 2):
+            document = copy.deepcopy(original)
+            put(document, path, smaller)
+            resealed(document, tmp_path / "a.ckpt.lipguard.json")
+            with pytest.raises(NotCertified):
+                verify_record(read_record(tmp_path / "a.ckpt.lipguard.json"), audited)
