@@ -9,11 +9,12 @@ multiple of sqrt(n) u |w|'|x|). So each output is measured by the numbers it is 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lipguard.network import Activation, Affine, Input, Network, Operator, Sum, Walk
+from lipguard.network import Activation, Affine, Input, Network, Sum, Walk
 from lipguard.network.vertex import Vertex
 
 _SIGMAS = 40
@@ -30,78 +31,73 @@ _SOLVED = 1e-9
 
 
 class Comparison:
-    """A network, whose values are compared with a module's results.
+    """A network's values at some inputs, to be compared with a module's results there.
 
     Args:
         network: whose values are right.
         steps: the same network with every step that the module takes: what a fold cancels still rounds in the module.
+        x: inputs, (rows, d), float64.
+        dtypes: the precisions that the module computes in.
     """
 
-    def __init__(self, network: Network, steps: Network) -> None:
-        self.network, self.steps = network, steps
-        self._maps: dict[int, tuple[Operator, Operator]] = {}
+    def __init__(self, network: Network, steps: Network, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+        units = torch.tensor([torch.finfo(dtype).eps / 2 for dtype in dtypes], dtype=torch.float64, device=x.device)
+        with torch.no_grad():
+            self.values = network(x)
+            deviations = steps.conclude(_Rounding(x, units[:, None, None]))[1]
+        self._deviation = dict(zip(dtypes, deviations, strict=True))
 
-    def disagreement(self, x: Tensor, y: Tensor, dtype: torch.dtype) -> float | None:
+    def disagreement(self, y: Tensor, dtype: torch.dtype) -> float | None:
         """The largest difference of a module's results from the network's values, where rounding cannot explain it; else None.
 
         Args:
-            x: inputs, (rows, d).
-            y: what the module computed of them in `dtype`, (rows, m); rows with entries that are not finite are left out.
-            dtype: floating point.
+            y: what the module computed in `dtype`, (rows, m); rows with entries that are not finite are left out.
+            dtype: one of `dtypes`.
         """
         rows = y.isfinite().all(1)
-        if not bool(rows.any()):
-            return None
-        x, y = x[rows].double(), y[rows].double()
-        with torch.no_grad():
-            value, unit = self.network(x), torch.finfo(dtype).eps / 2
-            deviation = self.steps.fold(_Rounding(x, unit, self._maps))[-1][1]
-        difference = (y - value).abs()
-        wrong = difference > _SIGMAS * deviation + torch.finfo(dtype).tiny  # what is smaller may have been flushed to 0
+        difference = (y.double() - self.values).abs()
+        wrong = (difference > _SIGMAS * self._deviation[dtype] + torch.finfo(dtype).tiny) & rows[:, None]
         return float(difference[wrong].max()) if bool(wrong.any()) else None
 
 
 class _Rounding(Walk[tuple[Tensor, Tensor]]):
-    """Values, and the standard deviations of their errors, (rows, size) each."""
+    """Values, (rows, size), and the standard deviations of their errors for every unit of roundoff, (units, rows, size)."""
 
-    def __init__(self, x: Tensor, unit: float, maps: dict[int, tuple[Operator, Operator]]) -> None:
-        self.x, self.unit, self.maps = x, unit, maps
+    def __init__(self, x: Tensor, units: Tensor) -> None:
+        self.x, self.units = x, units
 
     def input(self, i: int, node: Input) -> tuple[Tensor, Tensor]:
         # Rounded once where the module runs in less than the precision of x.
-        return self.x, self.unit * self.x.abs()
+        return self.x, self.units * self.x.abs()
 
     def affine(self, i: int, node: Affine, read: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x, s = read
         value = node.value(x)
-        if i not in self.maps:
-            self.maps[i] = node.operator.abs(), node.operator.mapped(torch.square)
-        absolute, squared = self.maps[i]
-        through, size = squared(s.square()), absolute(x.abs())
+        through, size = node.operator.mapped(torch.square)(s.square()), node.operator.abs()(x.abs())
         if node.bias is not None:
-            size = size + node.bias.abs()
-        return value, (through + (self.unit * math.sqrt(node.operator.terms + 1) * size).square()).sqrt()
+            size += node.bias.abs()
+        return value, through.add_((self.units * (math.sqrt(node.operator.terms + 1) * size)).square_()).sqrt_()
 
     def activation(self, i: int, node: Activation, read: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x, s = read
         value = node.value(x)
-        steepest = torch.stack([end.abs().expand(x.shape[1]) for end in node.slopes]).amax(0)
-        own = _ULPS * self.unit * (value.abs() + steepest * x.abs().clamp(min=1)) + _SWITCH
-        return value, steepest * s + own
+        steepest = torch.maximum(*(end.abs() for end in node.slopes))
+        own = value.abs() + steepest * x.abs().clamp(min=1)
+        return value, steepest * s + _ULPS * self.units * own + _SWITCH
 
     def total(self, i: int, node: Sum, *read: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         value = node.value(*(x for x, _ in read))
         through = torch.stack([s for _, s in read]).square().sum(0)
-        return value, (through + (self.unit * torch.stack([x.abs() for x, _ in read]).sum(0)).square()).sqrt()
+        return value, (through + (self.units * torch.stack([x.abs() for x, _ in read]).sum(0)).square()).sqrt()
 
     def other(self, i: int, node: Vertex, *read: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Any other function of a few entries: how far errors of both signs move it."""
         (x, s) = read[0]
         value = node.value(x)
         generator = torch.Generator("cpu").manual_seed(0)
-        moved = torch.zeros_like(value)
+        moved = torch.zeros(len(s), *value.shape, dtype=value.dtype, device=value.device)
         for _ in range(4):
             sign = torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1
-            moved = torch.maximum(moved, (node.value(x + sign * s) - value).abs())
+            moved = torch.maximum(moved, torch.stack([node.value(x + sign * one) for one in s]).sub_(value).abs_())
         solved = _SOLVED * value.abs().amax() if node.loop is not None else 0.0
-        return value, 2 * moved + _ULPS * self.unit * value.abs() + solved
+        return value, 2 * moved + _ULPS * self.units * value.abs() + solved

@@ -135,20 +135,21 @@ class Reader:
             InvalidModel: values overflow.
         """
         generator = torch.Generator("cpu").manual_seed(0)
-        network = reading.network
-        comparison = Comparison(network, simplify(reading.nodes, reading.output, fold=False))
+        network, steps = reading.network, simplify(reading.nodes, reading.output, fold=False)
+        dtypes = list(dict.fromkeys((self.call.row.dtype, torch.float64)))
         overflow = True
         batch = self.axis == 0  # whether several samples are computed as one is, each in its row
         for count, scale in (*_SIZES, *([(self.call.rows, 1.0)] if self.call.rows > len(_SIZES) else [])):
             x = torch.cat([_noisy(self.call.row, scale, generator) for _ in range(count if batch else 1)])
-            values = network(self.rows(x))
+            comparison = Comparison(network, steps, self.rows(x), dtypes)
+            values = comparison.values
             if not bool(values.isfinite().all()):
                 continue
             overflow = False
             own = self._own(x, values)
             batch = batch and own is not None and self._same(network, x)
             if own is not None and (batch or len(values) == 1):
-                self._compare(comparison, x, own)
+                self._compare(comparison, network, x, own)
         if overflow:
             raise InvalidModel(f"{self.root}: its weights are so large that its values overflow float64. Rescale the layers.")
 
@@ -191,26 +192,26 @@ class Reader:
             )
         return len(self.rows(x)) == 1 or again.axis == 0
 
-    def _compare(self, comparison: Comparison, x: Tensor, own: Tensor) -> None:
+    def _compare(self, comparison: Comparison, network: Network, x: Tensor, own: Tensor) -> None:
         dtype = self.call.row.dtype
-        worst = comparison.disagreement(self.rows(x), own, dtype)
+        worst = comparison.disagreement(own, dtype)
         if worst is None and dtype != torch.float64:
-            worst = self._in_double(comparison, x)
+            worst = self._in_double(comparison, network, x)
         if worst is not None:
             raise UnsupportedLayer(
                 f"{self.place} does something that capture misreads: on a random input it differs by {worst:.3g} from the "
                 "captured network. Look for randomness, or state that forward changes; or bound a submodule with submodule=...."
             )
 
-    def _in_double(self, comparison: Comparison, x: Tensor) -> float | None:
+    def _in_double(self, comparison: Comparison, network: Network, x: Tensor) -> float | None:
         """The same of the module's results in float64, where it is the same function there."""
         try:
             output = self.results(x, torch.float64)
         except Exception:  # in float64 a module may refuse to run; its own precision has decided
             return None
-        if output.shape != (len(self.rows(x)), comparison.network.outputs):
+        if output.shape != comparison.values.shape:
             return None
-        worst = comparison.disagreement(self.rows(x), output, torch.float64)
+        worst = comparison.disagreement(output, torch.float64)
         if worst is None:
             return None
         # Weights that the forward computes, or indices, are others in another precision. Read so, it is another network.
@@ -219,7 +220,7 @@ class Reader:
                 double = self.read(x.double()).network
             except LipguardError:
                 return None
-        return worst if _equal(comparison.network, double, torch.float64) else None
+        return worst if _equal(network, double, torch.float64) else None
 
 
 def checked(reader: Reader, reading: Reading, repeated: bool) -> Network:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lipguard.network.nodes import Affine, Input, Node
 from lipguard.network.operators import Dense
-from lipguard.network.walk import Walk, fold, pull
+from lipguard.network.walk import Walk, fold, last, pull
 from lipguard.rendering import line
 
 T = TypeVar("T")
@@ -79,7 +79,8 @@ class Network:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Outputs (batch, m) of inputs (batch, d), in float64."""
-        return self.values(x)[-1]
+        x = x.to(self.device, torch.float64)
+        return last(self.nodes, lambda i, node, *read: node.value(*read) if i else x)
 
     def values(self, x: Tensor) -> list[Tensor]:
         """Value of every node, each (batch, size), for inputs (batch, d)."""
@@ -91,6 +92,10 @@ class Network:
     def fold(self, walk: Walk[T]) -> list[T]:
         """What a walk makes of every node, from the input on."""
         return fold(self.nodes, walk)
+
+    def conclude(self, walk: Walk[T]) -> T:
+        """What a walk makes of the output, in no more memory than that of what is still to be read."""
+        return last(self.nodes, lambda i, node, *read: node.meet(walk, i, *read))
 
     def pull(self, walk: Walk[T], last: T, plus: Callable[[Any, Any], Any] = operator.add) -> dict[int, T]:
         """What arrives at every node from behind, where `last` is handed to the output; see `lipguard.network.walk`."""

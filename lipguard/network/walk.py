@@ -104,6 +104,17 @@ def fold(nodes: Sequence[Node], walk: Walk[T]) -> list[T]:
     return made
 
 
+def last(nodes: Sequence[Node], make: Callable[..., T]) -> T:
+    """What `make(i, node, *read)` gives for the last node; what no later node reads is let go."""
+    end = {s: i for i, node in enumerate(nodes) for s in node.sources}
+    made: dict[int, T] = {}
+    for i, node in enumerate(nodes):
+        made[i] = make(i, node, *(made[s] for s in node.sources))
+        for s in {s for s in node.sources if end[s] == i}:
+            del made[s]
+    return made[len(nodes) - 1]
+
+
 def pull(nodes: Sequence[Node], walk: Walk[T], last: T, plus: Callable[[T, T], T]) -> dict[int, T]:
     """What arrives at every node from behind: `last` at the last one; nodes that do not reach it are left out.
 
