@@ -44,8 +44,8 @@ class Comparison:
         units = torch.tensor([torch.finfo(dtype).eps / 2 for dtype in dtypes], dtype=torch.float64, device=x.device)
         with torch.no_grad():
             self.values = network(x)
-            deviations = steps.conclude(_Rounding(x, units[:, None, None]))[1]
-        self._deviation = dict(zip(dtypes, deviations, strict=True))
+            _, variances = steps.conclude(_Rounding(x, units[:, None, None]))
+        self._deviation = dict(zip(dtypes, variances.sqrt(), strict=True))
 
     def disagreement(self, y: Tensor, dtype: torch.dtype) -> float | None:
         """The largest difference of a module's results from the network's values, where rounding cannot explain it; else None.
@@ -61,43 +61,42 @@ class Comparison:
 
 
 class _Rounding(Walk[tuple[Tensor, Tensor]]):
-    """Values, (rows, size), and the standard deviations of their errors for every unit of roundoff, (units, rows, size)."""
+    """Values, (rows, size), and the variances of their errors for every unit of roundoff, (units, rows, size)."""
 
     def __init__(self, x: Tensor, units: Tensor) -> None:
         self.x, self.units = x, units
 
     def input(self, i: int, node: Input) -> tuple[Tensor, Tensor]:
         # Rounded once where the module runs in less than the precision of x.
-        return self.x, self.units * self.x.abs()
+        return self.x, (self.units * self.x).square()
 
     def affine(self, i: int, node: Affine, read: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        x, s = read
-        value = node.value(x)
-        through, size = node.operator.mapped(torch.square)(s.square()), node.operator.abs()(x.abs())
+        x, variance = read
+        through, size = node.operator.mapped(torch.square)(variance), node.operator.abs()(x.abs())
         if node.bias is not None:
-            size += node.bias.abs()
-        return value, through.add_((self.units * (math.sqrt(node.operator.terms + 1) * size)).square_()).sqrt_()
+            size = size + node.bias.abs()
+        return node.value(x), through + (node.operator.terms + 1) * self.units.square() * size.square()
 
     def activation(self, i: int, node: Activation, read: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        x, s = read
+        x, variance = read
         value = node.value(x)
         steepest = torch.maximum(*(end.abs() for end in node.slopes))
         own = value.abs() + steepest * x.abs().clamp(min=1)
-        return value, steepest * s + _ULPS * self.units * own + _SWITCH
+        return value, (steepest * variance.sqrt() + (_ULPS * self.units * own + _SWITCH)).square_()
 
     def total(self, i: int, node: Sum, *read: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         value = node.value(*(x for x, _ in read))
-        through = torch.stack([s for _, s in read]).square().sum(0)
-        return value, (through + (self.units * torch.stack([x.abs() for x, _ in read]).sum(0)).square()).sqrt()
+        through, size = sum(variance for _, variance in read), sum(x.abs() for x, _ in read)
+        return value, through + (self.units * size).square()
 
     def other(self, i: int, node: Vertex, *read: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Any other function of a few entries: how far errors of both signs move it."""
-        (x, s) = read[0]
+        (x, variance) = read[0]
         value = node.value(x)
         generator = torch.Generator("cpu").manual_seed(0)
-        moved = torch.zeros(len(s), *value.shape, dtype=value.dtype, device=value.device)
+        moved = torch.zeros(len(variance), *value.shape, dtype=value.dtype, device=value.device)
         for _ in range(4):
             sign = torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1
-            moved = torch.maximum(moved, torch.stack([node.value(x + sign * one) for one in s]).sub_(value).abs_())
+            moved = torch.maximum(moved, torch.stack([node.value(x + sign * s.sqrt()) - value for s in variance]).abs())
         solved = _SOLVED * value.abs().amax() if node.loop is not None else 0.0
-        return value, 2 * moved + _ULPS * self.units * value.abs() + solved
+        return value, (2 * moved + _ULPS * self.units * value.abs() + solved).square()
