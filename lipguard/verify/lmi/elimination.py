@@ -88,8 +88,9 @@ class Elimination:
         index = torch.arange(len(opposite), device=opposite.device)
         first = index <= opposite
         position = first.to(torch.int64).cumsum(0) - 1
-        centers = pivot.center.to(cross.center.dtype).expand(len(index), -1, -1)
-        pivot = Enclosed(centers, None if pivot.radius is None else pivot.radius)
+        # One of the two may be real where the other is not.
+        kind = torch.promote_types(pivot.center.dtype, cross.center.dtype)
+        pivot, cross = (Enclosed(e.center.to(kind).expand(len(index), -1, -1), e.radius) for e in (pivot, cross))
         step = max(1, _CHUNK // (4 * sum(cross.center.shape[1:]) ** 2))
         parts = [front(pivot.at(chosen), cross.at(chosen)) for chosen in index[first].split(step)]
         u = torch.cat(parts)[position[torch.minimum(index, opposite)]]
