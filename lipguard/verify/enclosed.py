@@ -84,6 +84,11 @@ class Enclosed:
         """Whether nothing is uncertain."""
         return self.radius is None or not bool(self.radius.any())
 
+    @property
+    def zero(self) -> bool:
+        """Whether all are exactly 0."""
+        return self.exact and not bool(self.center.any())
+
     def magnitude(self) -> Tensor:
         """Upper bound of the absolute values, in the shape of the radius."""
         if self.radius is None:

@@ -20,8 +20,8 @@ from lipguard.network import Network
 from lipguard.rounding import UNIT, gamma
 from lipguard.verify.domain.ranges import Propagation, Regions, propagate
 from lipguard.verify.enclosed import Enclosed
-from lipguard.verify.lmi import batched
-from lipguard.verify.lmi.form import Form, feedback_form
+from lipguard.verify.lmi.batched import Inequality
+from lipguard.verify.lmi.form import Block, Form, feedback_form
 
 ENTRIES = 30_000_000
 """Entries of Q over all neurons that are held at once: 240 MB."""
@@ -61,6 +61,19 @@ class Localized:
         y, y_mass = (v[which][:, :, columns] for v in (self.y, self.y_mass))
         more = [v[which][:, :width] for v in (self.width, self.layers)]
         return Localized(rows[0], rows[1], q, q_mass, y, y_mass, more[0], more[1], self.error)
+
+    @property
+    def form(self) -> Form:
+        """As feedback forms with slopes in [0, 1]."""
+        n, width, outputs = self.index.shape[1], self.y.shape[2], self.y.shape[1]
+
+        def blocks(rows: int, center: Tensor, mass: Tensor) -> tuple[Block, ...]:
+            radius = mass * (self.error * (1 + 4 * UNIT))  # the product rounds once
+            sides = (slice(0, n), slice(n, width))
+            return tuple(Block(slice(0, rows), c, Enclosed(center[..., c], radius[..., c])) for c in sides)
+
+        q, y = blocks(n, self.q, self.q_mass), blocks(outputs, self.y, self.y_mass)
+        return Form(q, y, n, width - n, outputs, self.width.new_zeros(1), self.width.new_ones(1))
 
     @property
     def jacobian(self) -> Tensor:
@@ -232,6 +245,4 @@ def proves(maps: Localized, t: Tensor, rho: Tensor) -> Tensor:
         t: (K, f), multipliers in the order of the places; negative and non-finite ones count as 0.
         rho: (K,).
     """
-    # The product with the error rounds once.
-    q, y = (Enclosed(v, mass * (maps.error * (1 + 4 * UNIT))) for v, mass in ((maps.q, maps.q_mass), (maps.y, maps.y_mass)))
-    return batched.proves(q, y, t, rho, maps.present)
+    return Inequality(maps.form, t, maps.present).proves(rho)

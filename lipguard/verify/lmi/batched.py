@@ -1,4 +1,4 @@
-"""The one inequality, Z(rho, t; slopes) >= 0, in dense matrices, many at a time: of all of R^d, of domains, of leaves.
+"""The one inequality, Z(rho, t; slopes) >= 0, in one matrix, many at a time: of all of R^d, of domains, of leaves.
 
 With p = Q (w, x), Q = [B A], y = Y (w, x), Y = [C D], slopes [alpha, beta], cross = t (alpha + beta), curve = 2 t alpha beta,
 
@@ -10,152 +10,153 @@ Three matrices of different order say the same thing, by Schur complements of th
     inputs eliminated    order n + m:  [[2T - cross B - (cross B)', C'], [C, I]] - a a' / rho,  a = [cross A; -D],  curve = 0;
     both, if D = 0       order n:      2T - cross B - (cross B)' - C'C - (cross A)(cross A)' / rho,  curve = 0.
 
-Each is a matrix K of few terms, less (or plus) squares a diag(weights) a'. What rounding may have moved is never formed as a
-matrix for the squares: it is applied to the one vector that the test of definiteness asks for.
+Each is a diagonal, plus s M and its transpose for the rows M of Q (s = -cross) and of Y (s = 1), plus squares a diag(weights) a',
+added up block by block: neither Q nor Y is formed. Nor is what rounding may have moved: it is applied to the one vector that
+the test of definiteness asks for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from lipguard.rounding import TINY, gamma, prove_positive_definite, proves_positive_definite
+from lipguard.rounding import TINY, gamma, prove_positive_definite, proves_positive_definite, sqrt_up
 from lipguard.verify.enclosed import Enclosed
-
-_Slopes = tuple[Tensor, Tensor]
+from lipguard.verify.lmi.form import Block, Form
 
 
 class _Square:
-    """a diag(weights) a' and a bound of its error on nonnegative vectors."""
+    """a diag(weights) a', a in blocks of rows at their places; weights (K or 1, k), None for ones."""
 
-    def __init__(self, a: Enclosed, weights: Tensor) -> None:
-        self.a, self.weights, self.size = a, weights, a.magnitude()
-        self.center = (a.center * weights[..., None, :]) @ a.center.mT
+    def __init__(self, parts: Sequence[tuple[slice, Enclosed]], weights: Tensor | None = None) -> None:
+        self.parts, self.weights = parts, weights
+        # Without weights and radii Cauchy and Schwarz bound |a| |a'| by the rows' lengths.
+        self.short = weights is None and all(a.radius is None for _, a in parts)
+        self.sizes = [_lengths(a.center) if self.short else a.magnitude() for _, a in parts]
+        self.top = max((float(size.max()) for size in self.sizes if not self.short), default=0.0)
+
+    def add_to(self, matrix: Tensor, sign: float) -> None:
+        """Add it to a matrix, or take it away."""
+        for here, a in self.parts:
+            left = a.center if self.weights is None else a.center * self.weights[..., None, :]
+            for there, b in self.parts:
+                matrix[..., here, there].add_(left @ b.center.mT, alpha=sign)
 
     def error(self, v: Tensor, relative: float) -> Tensor:
-        """|computed - true| v for v (K, N): |a a' - true| <= m r' + r m', m above |a|; and `relative` for the roundings."""
-        weights, mass = self.weights.abs(), _times(self.size.mT, v)
-        if self.a.radius is None:
-            return relative * _times(self.size, weights * mass)
-        off = relative * mass + _times(self.a.radius.mT, v)
-        return _times(self.size, weights * off) + _times(self.a.radius, weights * mass)
+        """A bound of |computed - true| v for v >= 0, (K, N).
+
+        |a a' - true| <= m r' + r m', with m above |a| and r its radius; `relative` m m' is for the roundings.
+        """
+        out, parts = torch.zeros_like(v), [(here, size, a.radius) for (here, a), size in zip(self.parts, self.sizes, strict=True)]
+        if self.short:
+            mass = sum((size * v[..., here]).sum(-1, keepdim=True) for here, size, _ in parts)
+            for here, size, _ in parts:
+                out[..., here] = relative * size * mass
+            return out
+        mass = sum(_times(size.mT, v[..., here]) for here, size, _ in parts)
+        off = relative * mass + sum(_times(r.mT, v[..., here]) for here, _, r in parts if r is not None)
+        if self.weights is not None:
+            mass, off = self.weights.abs() * mass, self.weights.abs() * off
+        for here, size, r in parts:
+            out[..., here] = _times(size, off) + (0.0 if r is None else _times(r, mass))
+        return out
 
 
 class Inequality:
     """Z(rho, t) of K networks, for any rho."""
 
-    def __init__(self, q: Enclosed, y: Enclosed, t: Tensor, slopes: _Slopes | None = None, present: Tensor | None = None) -> None:
+    def __init__(self, form: Form, t: Tensor, present: Tensor | None = None) -> None:
         """All that does not depend on rho.
 
         Args:
-            q, y: (K, n, n + d) and (K, m, n + d).
+            form: of one network, or of K alike, whose matrices and slopes are batches.
             t: multipliers, (K, n); negative and non-finite ones count as 0.
-            slopes: alpha and beta, (K or 1, n) each; None for [0, 1].
             present: which places hold a neuron, (K, n); rows and columns of the others are 0. None for all.
         """
-        n, width = q.center.shape[-2:]
-        inputs, outputs = width - n, y.center.shape[-2]
+        n, inputs, outputs = form.neurons, form.inputs, form.outputs
         t = torch.where(t.isfinite() if present is None else present & t.isfinite(), t, torch.zeros_like(t)).clamp_min(0)
-        alpha, beta = (torch.zeros_like(t), torch.ones_like(t)) if slopes is None else slopes
-        cross, curve = t * (alpha + beta), 2 * t * alpha * beta
-        # A place without a neuron gets a one: it is decoupled.
-        unit = 2 * t if present is None else torch.where(present, 2 * t, torch.ones_like(t))
-        direct = bool(y.magnitude()[..., n:].any())
-        bends = bool(curve.any())
+        cross, curve = t * (form.alpha + form.beta), 2 * t * form.alpha * form.beta
+        q, y = ([block for block in blocks if not block.matrix.zero] for blocks in (form.q_blocks, form.y_blocks))
+        direct, bends = any(block.columns.start >= n for block in y), bool(curve.any())
         self.keeps = bends or inputs <= (outputs if direct else 0)
-        squares: list[_Square] = []
-        minus = -torch.ones(1, outputs, dtype=t.dtype, device=t.device)
-        border: Enclosed | None = None
-        if self.keeps:
-            border, end = _weighted(q[..., n:], -cross), 0.0
-            squares.append(_Square(y.mT, minus))
-            if bends:
-                squares.append(_Square(q.mT, curve))
-        elif direct:
-            border, end = y[..., :n].mT, 1.0
-        else:
-            end = 0.0
-            squares.append(_Square(y[..., :n].mT, minus))
+        self.n, behind = n, inputs if self.keeps else outputs if direct else 0
         # Each entry is a sum of at most 7 parts, each of at most max(n, d, m) products of at most 6 roundings.
         self.count = max(n, inputs, outputs) + 32
         self.relative = gamma(self.count)
-        self.n, self.squares = n, squares
-        self._assemble(q[..., :n], cross, unit, border, end)
-        self.inward: _Square | None = None
-        if not self.keeps:
-            self._eliminate(q[..., n:], cross, None if border is None else -y[..., n:])
+        self.factor = torch.cat([-cross, cross.new_ones(len(t), behind)], 1)
+        # A place without a neuron gets a one: it is decoupled. Kept inputs get rho when it is known.
+        unit = 2 * t if present is None else torch.where(present, 2 * t, torch.ones_like(t))
+        self.diagonal = torch.cat([unit, unit.new_full((len(t), behind), 0.0 if self.keeps else 1.0)], 1)
+        self.matrix = torch.diag_embed(self.diagonal)
+        self.squares: list[_Square] = []
+        if direct and not self.keeps:
+            q += [Block(slice(n + rows.start, n + rows.stop), columns, matrix) for rows, columns, matrix in y]
+        elif y:
+            self._add(_Square([(columns, matrix.mT) for _, columns, matrix in y]), -1)
+        for start, rows in {block.rows.start: block.rows for block in q}.items() if bends else ():
+            self._add(_Square([(b.columns, b.matrix.mT) for b in q if b.rows.start == start], curve[:, rows]), 1)
+        self.couplings = [self._couple(block) for block in q if self.keeps or block.columns.start < n]
+        self.kept = self.matrix.diagonal(dim1=-2, dim2=-1)[:, n:].clone()
+        self._eliminate([] if self.keeps else [block for block in q if block.columns.start >= n])
         # Products below the normal range lose less than TINY each, before they are multiplied by t, by an entry, or by 1 / rho.
-        every = squares if self.inward is None else [*squares, self.inward]
-        self.top = 1 + unit.sum(-1) + cross.abs().sum(-1) + curve.abs().sum(-1) + sum(s.size.sum((-2, -1)) for s in every)
+        tops = [square.top for square in (*self.squares, self.inward)]
+        self.top = 1 + unit.sum(-1) + cross.abs().sum(-1) + curve.abs().sum(-1) + sum(tops)
 
-    def _assemble(self, b: Enclosed, cross: Tensor, unit: Tensor, border: Enclosed | None, end: float) -> None:
-        """K = [[2T - cross B - (cross B)', border], [border', end]] and squares; K is off by spread + spread'."""
-        coupling = _weighted(b, -cross)
-        matrix, spread = coupling.center + coupling.center.mT, self.relative * coupling.center.abs()
-        if coupling.radius is not None:
-            spread += coupling.radius
-        matrix.diagonal(dim1=-2, dim2=-1).add_(unit)
-        spread.diagonal(dim1=-2, dim2=-1).add_(self.relative / 2 * unit)
-        if border is not None:
-            size = border.center.shape[-1]
-            last = torch.eye(size, dtype=matrix.dtype, device=matrix.device).expand(len(matrix), -1, -1) * end
-            below = (border.spread + self.relative * border.magnitude()).mT.expand_as(border.center.mT)
-            matrix = torch.cat([torch.cat([matrix, border.center], -1), torch.cat([border.center.mT, last], -1)], -2)
-            spread = torch.cat(
-                [torch.cat([spread, torch.zeros_like(border.center)], -1), torch.cat([below, last * self.relative], -1)], -2
-            )
-        for square in self.squares:
-            matrix += square.center
-            del square.center
-        self.matrix, self.spread = matrix, spread
-        self.diagonal = matrix.diagonal(dim1=-2, dim2=-1).clone()
+    def _add(self, square: _Square, sign: float) -> None:
+        square.add_to(self.matrix, sign)
+        self.squares.append(square)
 
-    def _eliminate(self, inward: Enclosed, cross: Tensor, direct: Enclosed | None) -> None:
-        """The square over rho of what the inputs reach: of the rows from the first to the last of these."""
-        reached = torch.atleast_2d(inward.magnitude().any(-1)).any(0).nonzero()[:, 0].tolist()
-        self.span = slice(reached[0], reached[-1] + 1) if reached else slice(0, 0)
-        if direct is not None:  # its rows come behind the neurons'
-            self.span = slice(self.span.start, None)
-        a = _weighted(inward[..., self.span, :], cross[..., self.span])
-        a = a if direct is None else Enclosed.cat([a, direct], -2)
-        self.inward = _Square(a, a.center.new_ones(1, a.center.shape[-1]))
-        self.rest = self.matrix[..., self.span, self.span].clone()
+    def _couple(self, block: Block) -> tuple[slice, slice, Tensor]:
+        """Add s M and its transpose; where it stands, and a bound of what it is off by: the radius, and roundings."""
+        rows, columns, (center, radius) = block.rows, block.columns, (block.matrix.center, block.matrix.radius)
+        scaled, size = center * self.factor[:, rows, None], self.factor[:, rows, None].abs()
+        self.matrix[..., rows, columns] += scaled
+        self.matrix[..., columns, rows] += scaled.mT
+        off = scaled.abs_().mul_(self.relative)
+        return rows, columns, off if radius is None else off.add_(radius * size)
+
+    def _eliminate(self, seeing: Sequence[Block]) -> None:
+        """a a' of the rows that see the eliminated inputs, from the first to the last of these; s on both sides, then 1 / rho."""
+        first, last = min((b.rows.start for b in seeing), default=0), max((b.rows.stop for b in seeing), default=0)
+        self.span = slice(first, last)
+        self.inward = _Square([(slice(b.rows.start - first, b.rows.stop - first), b.matrix) for b in seeing])
+        self.rest, s = self.matrix[:, self.span, self.span].clone(), self.factor[:, self.span]
+        self.gram = torch.zeros_like(self.rest)
+        self.inward.add_to(self.gram, 1)
+        self.gram.mul_(s[:, :, None]).mul_(s[:, None, :])
 
     def proves(self, rho: Tensor) -> Tensor:
         """Whether sqrt(rho) is proved to bound each network's constant from 2-norm to 2-norm: rho (K,), to (K,) of bool."""
         good = rho.isfinite() & (rho > 0)
-        rho = torch.where(good, rho, torch.ones_like(rho))
-        if self.inward is None:
-            self.matrix.diagonal(dim1=-2, dim2=-1)[..., self.n :] = self.diagonal[..., self.n :] + rho[:, None]
-        else:
-            torch.addcdiv(self.rest, self.inward.center, rho[:, None, None], value=-1, out=self.matrix[..., self.span, self.span])
+        rho = torch.where(good, rho, torch.ones_like(rho))[:, None]
+        diagonal, s = self.diagonal.clone(), self.factor[:, self.span].abs()
+        if self.keeps:
+            diagonal[:, self.n :] = rho
+            self.matrix.diagonal(dim1=-2, dim2=-1)[:, self.n :] = self.kept + rho
+        torch.addcdiv(self.rest, self.gram, rho[:, :, None], value=-1, out=self.matrix[:, self.span, self.span])
 
         def radius(v: Tensor) -> Tensor:
-            out = _times(self.spread, v) + _times(self.spread.mT, v)
+            out = self.relative * diagonal * v
+            for rows, columns, off in self.couplings:
+                out[:, rows] += _times(off, v[:, columns])
+                out[:, columns] += _times(off.mT, v[:, rows])
             for square in self.squares:
-                out = out + square.error(v, self.relative)
-            if self.inward is None:
-                out[..., self.n :] += self.relative * rho[:, None] * v[..., self.n :]
-            else:
-                out[..., self.span] += self.inward.error(v[..., self.span], self.relative) / rho[:, None]
-            lost = 16 * self.count * TINY * self.top * self.top * (1 + 1 / rho)
-            return out * (1 + 8 * gamma(v.shape[-1] + self.count)) + (lost * v.sum(-1))[:, None]
+                out += square.error(v, self.relative)
+            out[:, self.span] += s * self.inward.error(s * v[:, self.span], self.relative) / rho
+            lost = 16 * self.count * TINY * (self.top * self.top)[:, None] * (1 + 1 / rho)
+            return out * (1 + 8 * gamma(v.shape[-1] + self.count)) + lost * v.sum(-1, keepdim=True)
 
         if len(self.matrix) == 1:
-            proved = proves_positive_definite(self.matrix[0], lambda v: radius(v[None])[0])
-            return good & proved
+            return good & proves_positive_definite(self.matrix[0], lambda v: radius(v[None])[0])
         return good & prove_positive_definite(self.matrix, radius)
 
 
-def proves(q: Enclosed, y: Enclosed, t: Tensor, rho: Tensor, present: Tensor | None = None) -> Tensor:
-    """Whether sqrt(rho) is proved to bound the constants of K maps of neurons with slopes [0, 1]: see `Inequality`, (K,)."""
-    return Inequality(q, y, t, None, present).proves(rho)
-
-
-def _weighted(matrix: Enclosed, cross: Tensor) -> Enclosed:
-    """cross matrix, row by row; the three roundings of each entry are left to the relative error of the sums it goes into."""
-    radius = None if matrix.radius is None else matrix.radius * cross.abs()[..., None]
-    return Enclosed(matrix.center * cross[..., None], radius)
+def _lengths(rows: Tensor) -> Tensor:
+    """Upper bounds of the rows' 2-norms; squares that underflow lose less than TINY each."""
+    count = rows.shape[-1]
+    return torch.linalg.vector_norm(rows, dim=-1) * (1 + 2 * gamma(count + 8)) + sqrt_up(count * TINY)
 
 
 def _times(matrix: Tensor, v: Tensor) -> Tensor:

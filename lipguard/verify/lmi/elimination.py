@@ -139,9 +139,9 @@ class LayerBlocks:
         places = tuple(slice(a, b) for a, b in zip(starts, [*starts[1:], form.neurons], strict=True))
         rows: tuple[dict[int, Enclosed], ...] = tuple({} for _ in places)
         for block in form.q_blocks:
-            if bool(block.matrix.magnitude().any()):
+            if not block.matrix.zero:
                 rows[index[block.rows.start]][index[block.columns.start]] = block.matrix
-        out = {index[b.columns.start]: b.matrix for b in form.y_blocks if bool(b.matrix.magnitude().any())}
+        out = {index[b.columns.start]: b.matrix for b in form.y_blocks if not b.matrix.zero}
         sizes = {-1: form.inputs} | {k: place.stop - place.start for k, place in enumerate(places)}
         return cls(sizes, places, rows, out, form.outputs)
 

@@ -110,7 +110,7 @@ def _dense_rho(form: Form, t: Tensor, proposed: float) -> float:
 
 def prover(form: Form, t: Tensor) -> Callable[[float], bool]:
     """The test rho -> whether Z(rho, t) >= 0 is proved; what does not depend on rho is computed once."""
-    inequality = Inequality(form.q[None], form.y[None], t[None], (form.alpha[None], form.beta[None]))
+    inequality = Inequality(form, t[None])
     # Without neurons the Frobenius norm is a bound as well, where rounding leaves no room for a proof.
     enough = math.inf if form.neurons else up(frobenius_bound(form.y.magnitude()) ** 2)
     return lambda rho: rho >= enough or bool(inequality.proves(t.new_tensor([rho])))
