@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -84,10 +85,10 @@ class Enclosed:
         """Whether nothing is uncertain."""
         return self.radius is None or not bool(self.radius.any())
 
-    @property
+    @cached_property
     def zero(self) -> bool:
         """Whether all are exactly 0."""
-        return self.exact and not bool(self.center.any())
+        return not self.center.count_nonzero() and self.exact
 
     def magnitude(self) -> Tensor:
         """Upper bound of the absolute values, in the shape of the radius."""
