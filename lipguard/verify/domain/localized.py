@@ -67,13 +67,13 @@ class Localized:
         """As feedback forms with slopes in [0, 1]."""
         n, width, outputs = self.index.shape[1], self.y.shape[2], self.y.shape[1]
 
-        def blocks(rows: int, center: Tensor, mass: Tensor) -> tuple[Block, ...]:
+        neurons, inputs, behind = slice(0, n), slice(n, width), slice(n, n + outputs)
+        blocks = []
+        for rows, center, mass in ((neurons, self.q, self.q_mass), (behind, self.y, self.y_mass)):
             radius = mass * (self.error * (1 + 4 * UNIT))  # the product rounds once
-            sides = (slice(0, n), slice(n, width))
-            return tuple(Block(slice(0, rows), c, Enclosed(center[..., c], radius[..., c])) for c in sides)
-
-        q, y = blocks(n, self.q, self.q_mass), blocks(outputs, self.y, self.y_mass)
-        return Form(q, y, n, width - n, outputs, self.width.new_zeros(1), self.width.new_ones(1))
+            blocks += [Block(rows, c, Enclosed(center[..., c], radius[..., c])) for c in (neurons, inputs)]
+        present = tuple(block for block in blocks if not block.matrix.zero)
+        return Form(present, (neurons,), n, width - n, outputs, self.width.new_zeros(1), self.width.new_ones(1))
 
     @property
     def jacobian(self) -> Tensor:

@@ -78,8 +78,8 @@ class Inequality:
         n, inputs, outputs = form.neurons, form.inputs, form.outputs
         t = torch.where(t.isfinite() if present is None else present & t.isfinite(), t, torch.zeros_like(t)).clamp_min(0)
         cross, curve = t * (form.alpha + form.beta), 2 * t * form.alpha * form.beta
-        q, y = ([block for block in blocks if not block.matrix.zero] for blocks in (form.q_blocks, form.y_blocks))
-        direct, bends = any(block.columns.start >= n for block in y), bool(curve.any())
+        blocks = form.blocks
+        direct, bends = any(rows.start >= n and columns.start >= n for rows, columns, _ in blocks), bool(curve.any())
         self.keeps = bends or inputs <= (outputs if direct else 0)
         self.n, behind = n, inputs if self.keeps else outputs if direct else 0
         # Each entry is a sum of at most 7 parts, each of at most max(n, d, m) products of at most 6 roundings.
@@ -91,15 +91,16 @@ class Inequality:
         self.diagonal = torch.cat([unit, unit.new_full((len(t), behind), 0.0 if self.keeps else 1.0)], 1)
         self.matrix = torch.diag_embed(self.diagonal)
         self.squares: list[_Square] = []
-        if direct and not self.keeps:
-            q += [Block(slice(n + rows.start, n + rows.stop), columns, matrix) for rows, columns, matrix in y]
-        elif y:
-            self._add(_Square([(columns, matrix.mT) for _, columns, matrix in y]), -1)
-        for start, rows in {block.rows.start: block.rows for block in q}.items() if bends else ():
-            self._add(_Square([(b.columns, b.matrix.mT) for b in q if b.rows.start == start], curve[:, rows]), 1)
-        self.couplings = [self._couple(block) for block in q if self.keeps or block.columns.start < n]
+        for start, row in form.rows.items():
+            a, here = [(columns, matrix.mT) for _, columns, matrix in row], row[0].rows
+            if start >= n and (self.keeps or not direct):
+                self._add(_Square(a), -1)
+            elif start < n and bends:
+                self._add(_Square(a, curve[:, here]), 1)
+        coupled = [block for block in blocks if block.rows.start < n + behind * (not self.keeps)]
         self.kept = self.matrix.diagonal(dim1=-2, dim2=-1)[:, n:].clone()
-        self._eliminate([] if self.keeps else [block for block in q if block.columns.start >= n])
+        self.couplings = [self._couple(block) for block in coupled if self.keeps or block.columns.start < n]
+        self._eliminate([] if self.keeps else [block for block in coupled if block.columns.start >= n])
         # Products below the normal range lose less than TINY each, before they are multiplied by t, by an entry, or by 1 / rho.
         tops = [square.top for square in (*self.squares, self.inward)]
         self.top = 1 + unit.sum(-1) + cross.abs().sum(-1) + curve.abs().sum(-1) + sum(tops)

@@ -10,7 +10,7 @@ is at least what is left of it, less z* U z. In the end rho I - S >= 0 is left, 
 Variables may be signals on tori, with a block for each frequency: all frequencies of a variable that fold onto one of a
 coarser one are added up there. A vector, or a layer of a network without tori, has one frequency.
 
-For a network layer by layer (`LayerBlocks`): between two inputs its increments are those of the linear network J with some
+For a network layer by layer (`by_layers`): between two inputs its increments are those of the linear network J with some
 slope of [alpha, beta] for every neuron, and J' is such a network as well, with the same norm: the inequality may be proved of
 either. Elimination runs from the outputs to the inputs, that of J' from the inputs to the outputs. Roundoff may grow along the
 one and not along the other, and the smaller end makes the cheaper last front.
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
@@ -113,83 +112,46 @@ class Elimination:
         return Enclosed(total if coarse else total.real, radius)
 
 
-@dataclass(frozen=True, eq=False)
-class LayerBlocks:
-    """A form's blocks by layer: -1 the inputs, then the activation nodes.
+def flops(form: Form) -> float:
+    """Floating-point operations of the proof of `by_layers`."""
+    place, size = _places(form), [here.stop - here.start for here in _order(form)]
+    reads = {start: [place[block.columns.start] for block in row] for start, row in form.rows.items()}
+    outputs = reads.pop(form.neurons, [])
+    met: set[Pair] = {(place[start], j) for start, row in reads.items() for j in row} | {(i, j) for i in outputs for j in outputs}
+    total = form.inputs**3 * 2 / 3
+    for k, n in enumerate(size[:-1]):
+        sources = {j for i, j in met if i == k and j > k}
+        met |= {(i, j) for i in sources for j in sources}
+        m = sum(size[j] for j in sources)
+        total += (n + m) ** 3 / 3 + n**3 / 3 + n * m * (n + 2 * m)
+    return total
 
-    Attributes:
-        sizes: length of every source.
-        places: neurons of each layer in the network's order.
-        rows: Q by layer and source.
-        out: Y by source.
-        outputs: number of outputs.
-    """
 
-    sizes: dict[int, int]
-    places: tuple[slice, ...]
-    rows: tuple[dict[int, Enclosed], ...]
-    out: dict[int, Enclosed]
-    outputs: int
+def by_layers(form: Form, t: Tensor) -> Elimination:
+    """Z(rho, t) of the form's slopes, from the last layer to the inputs; t (n,), finite and not negative."""
+    place = _places(form)
+    z = Elimination([*(2 * t[here] for here in _order(form)[:-1]), t.new_zeros(form.inputs)])  # 2 t is exact
+    # Two roundings each, and what products may lose below the normal range.
+    coupling, curve = t * (form.alpha + form.beta), 2 * t * form.alpha * form.beta
+    factor = Enclosed(-coupling[:, None], (3 * UNIT * coupling.abs() + TINY)[:, None])
+    bend = Enclosed(curve[:, None], (3 * UNIT * curve.abs() + 2 * TINY)[:, None])
+    for start, row in form.rows.items():
+        outputs, here = start >= form.neurons, row[0].rows
+        for _, columns, matrix in row if not outputs else ():
+            z.add(place[start], place[columns.start], (matrix * factor[here])[None])
+        for _, first, left in row if outputs or bool(curve[here].any()) else ():
+            scaled = -left if outputs else left * bend[here]
+            for _, second, right in row:
+                if place[first.start] <= place[second.start]:
+                    z.add(place[first.start], place[second.start], (scaled.mT @ right)[None])
+    return z
 
-    @classmethod
-    def of(cls, form: Form) -> LayerBlocks:
-        """The blocks of a form; those that are zero and exact are left out."""
-        starts = sorted({block.rows.start for block in form.q_blocks})
-        index = {start: k for k, start in enumerate(starts)} | {form.neurons: -1}
-        places = tuple(slice(a, b) for a, b in zip(starts, [*starts[1:], form.neurons], strict=True))
-        rows: tuple[dict[int, Enclosed], ...] = tuple({} for _ in places)
-        for block in form.q_blocks:
-            if not block.matrix.zero:
-                rows[index[block.rows.start]][index[block.columns.start]] = block.matrix
-        out = {index[b.columns.start]: b.matrix for b in form.y_blocks if not b.matrix.zero}
-        sizes = {-1: form.inputs} | {k: place.stop - place.start for k, place in enumerate(places)}
-        return cls(sizes, places, rows, out, form.outputs)
 
-    def transposed(self) -> LayerBlocks:
-        """The blocks of J': the last layer becomes the first, inputs become outputs."""
-        last = len(self.places) - 1
-        rows: tuple[dict[int, Enclosed], ...] = tuple({} for _ in self.places)
-        out: dict[int, Enclosed] = {}
-        for k, row in [*enumerate(self.rows), (last + 1, self.out)]:
-            for source, matrix in row.items():
-                # What k reads from `source`, `source` reads from k: the inputs and the outputs, -1 and L, change places.
-                (out if source < 0 else rows[last - source])[last - k] = matrix.mT
-        sizes = {last - k: size for k, size in self.sizes.items() if k >= 0} | {-1: self.outputs}
-        return LayerBlocks(sizes, tuple(reversed(self.places)), rows, out, self.sizes[-1])
+def _order(form: Form) -> list[slice]:
+    """The variables in the order of their elimination: layers from the last to the first, then the inputs."""
+    return [*reversed(form.layers), slice(form.neurons, form.neurons + form.inputs)]
 
-    def flops(self) -> float:
-        """Floating-point operations of the proof by fronts."""
-        met: set[Pair] = {(i, j) for i in self.out for j in self.out}
-        total = self.sizes[-1] ** 3 * 2 / 3
-        for k in reversed(range(len(self.places))):
-            sources = sorted(set(self.rows[k]) | {j for i, j in met if i == k and j < k})
-            met |= {(i, j) for i in sources for j in sources}
-            n, m = self.sizes[k], sum(self.sizes[j] for j in sources)
-            total += (n + m) ** 3 / 3 + n**3 / 3 + n * m * (n + 2 * m)
-        return total
 
-    def elimination(self, form: Form, t: Tensor) -> Elimination:
-        """Z(rho, t) of the form's slopes, from the last layer to the inputs; t (n,), finite and not negative."""
-        place = {k: len(self.places) - 1 - k for k in self.sizes}
-        diagonal = [2 * t[here] for here in reversed(self.places)]  # exact
-        z = Elimination([*diagonal, t.new_zeros(self.sizes[-1])])
-        for k, here in enumerate(self.places):
-            alpha, beta, tk = form.alpha[here], form.beta[here], t[here]
-            # Two roundings, of the sum and of the product, and what the product may lose below the normal range.
-            coupling = tk * (alpha + beta)
-            factor = Enclosed(-coupling[:, None], (3 * UNIT * coupling.abs() + TINY)[:, None])
-            for source, matrix in self.rows[k].items():
-                z.add(place[k], place[source], (matrix * factor)[None])
-            curve = 2 * tk * alpha * beta  # two roundings
-            if bool(curve.any()):
-                self._square(z, place, self.rows[k], Enclosed(curve[:, None], (3 * UNIT * curve.abs() + 2 * TINY)[:, None]))
-        self._square(z, place, self.out, None)
-        return z
-
-    def _square(self, z: Elimination, place: dict[int, int], row: dict[int, Enclosed], weights: Enclosed | None) -> None:
-        """Add row' diag(weights) row; less row' row where there are none."""
-        for i, left in row.items():
-            scaled = -left if weights is None else left * weights
-            for j, right in row.items():
-                if place[i] <= place[j]:
-                    z.add(place[i], place[j], (scaled.mT @ right)[None])
+def _places(form: Form) -> dict[int, int]:
+    """The place of every variable in this order, by its first column."""
+    return {here.start: k for k, here in enumerate(_order(form))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ _THINNEST = 1e-6
 
 
 class Block(NamedTuple):
-    """A block of Q or Y at its place."""
+    """A block of [Q; Y] at its place: outputs come behind neurons in its rows, inputs behind neurons in its columns."""
 
     rows: slice
     columns: slice
@@ -28,10 +28,17 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """The feedback form with rounding radii: Q = [B A] is (n, n + d), Y = [C D] is (m, n + d), both as blocks."""
+    """The feedback form with rounding radii: Q = [B A] is (n, n + d), Y = [C D] is (m, n + d), both in blocks.
 
-    q_blocks: tuple[Block, ...]
-    y_blocks: tuple[Block, ...]
+    Attributes:
+        blocks: of [Q; Y], without those that are exactly zero.
+        layers: neurons of each activation node; a layer's blocks have all its rows, or all its columns.
+        neurons, inputs, outputs: n, d and m.
+        alpha, beta: slopes, (n,).
+    """
+
+    blocks: tuple[Block, ...]
+    layers: tuple[slice, ...]
     neurons: int
     inputs: int
     outputs: int
@@ -41,21 +48,36 @@ class Form:
     @cached_property
     def q(self) -> Enclosed:
         """Q as one matrix."""
-        return self._dense(self.q_blocks, self.neurons)
+        return self._dense[: self.neurons]
 
     @cached_property
     def y(self) -> Enclosed:
         """Y as one matrix."""
-        return self._dense(self.y_blocks, self.outputs)
+        return self._dense[self.neurons :]
 
-    def _dense(self, blocks: tuple[Block, ...], height: int) -> Enclosed:
-        center = torch.zeros(height, self.neurons + self.inputs, dtype=torch.float64, device=self.alpha.device)
-        radius = None if all(block.matrix.radius is None for block in blocks) else torch.zeros_like(center)
-        for rows, columns, matrix in blocks:
+    @cached_property
+    def _dense(self) -> Enclosed:
+        n = self.neurons
+        center = torch.zeros(n + self.outputs, n + self.inputs, dtype=torch.float64, device=self.alpha.device)
+        radius = None if all(block.matrix.radius is None for block in self.blocks) else torch.zeros_like(center)
+        for rows, columns, matrix in self.blocks:
             center[rows, columns] = matrix.center
             if radius is not None and matrix.radius is not None:
                 radius[rows, columns] = matrix.radius
         return Enclosed(center, radius)
+
+    @cached_property
+    def rows(self) -> dict[int, list[Block]]:
+        """Blocks by the first of their rows."""
+        found: dict[int, list[Block]] = {}
+        for block in self.blocks:
+            found.setdefault(block.rows.start, []).append(block)
+        return found
+
+    def transposed(self) -> Form:
+        """The form of J', J the Jacobian for any slopes: the last layer comes first, inputs and outputs change places."""
+        blocks = tuple(Block(columns, rows, matrix.mT) for rows, columns, matrix in self.blocks)
+        return replace(self, blocks=blocks, layers=self.layers[::-1], inputs=self.outputs, outputs=self.inputs)
 
 
 def widened(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,12 +135,12 @@ def feedback_form(network: Network, precise: bool = False) -> Form:
             matrix = explicit(e, s).rounded().mT
             yield Block(slice(start, start + len(matrix.center)), slice(offset[s], offset[s] + size[s]), matrix)
 
-    blocks: list[Block] = []
-    for i, k in position.items():
+    layers = tuple(slice(offset[k], offset[k] + size[k]) for k in position.values())
+    blocks = [*place(n, combos[-1])]
+    for i, here in zip(position, layers, strict=True):
         node = network.nodes[i]
-        blocks += place(offset[k], combos[node.sources[0]])
+        blocks += place(here.start, combos[node.sources[0]])
         if node.loop is not None:
-            own_place = slice(offset[k], offset[k] + size[k])
-            blocks.append(Block(own_place, own_place, Enclosed(node.loop.dense())))
-    out = tuple(place(0, combos[-1]))
-    return Form(tuple(blocks), out, n, network.inputs, network.outputs, *widened(*network.slopes()))
+            blocks.append(Block(here, here, Enclosed(node.loop.dense())))
+    present = tuple(block for block in blocks if not block.matrix.zero)
+    return Form(present, layers, n, network.inputs, network.outputs, *widened(*network.slopes()))

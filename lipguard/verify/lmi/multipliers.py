@@ -29,7 +29,7 @@ from lipguard.errors import NotCertified
 from lipguard.network import Network
 from lipguard.rounding import UNIT, sqrt_up, up
 from lipguard.verify.lmi.batched import Inequality
-from lipguard.verify.lmi.elimination import LayerBlocks
+from lipguard.verify.lmi.elimination import by_layers, flops
 from lipguard.verify.lmi.form import Form, feedback_form
 from lipguard.verify.norms.matrix_norm import frobenius_bound
 from lipguard.verify.rewriting import tie, with_tied_neurons
@@ -83,16 +83,14 @@ def _ways(form: Form, t: Tensor, rho: float) -> list[Callable[[], float]]:
     if order <= _LARGEST_DENSE:
         ways.append((order**3 / 3, lambda: _dense_rho(form, t, rho)))
     # An implicit layer is proved in one matrix with all others: the fronts know no layer that responds to itself.
-    if form.neurons and not any(block.rows == block.columns for block in form.q_blocks):
-        backwards = LayerBlocks.of(form)
-        forwards = backwards.transposed()
+    if form.neurons and not any(rows == columns for rows, columns, _ in form.blocks if rows.stop <= form.neurons):
         # The multipliers of J' are rho / (t (beta - alpha)^2) where both inequalities hold; any positive ones may be tried.
         mirrored = (rho / (t * (form.beta - form.alpha) ** 2)).nan_to_num(0.0, 0.0)
         # Of two orders the one that ends at fewer coordinates is the one in which the multipliers were found.
-        late = backwards.outputs < backwards.sizes[-1]
-        for b, multipliers, second in ((backwards, t, late), (forwards, mirrored, not late)):
-            cost = b.flops() + _OVERHEAD * len(b.places)
-            ways.append((cost * (1 + second), lambda b=b, m=multipliers: b.elimination(form, m).least_rho()))
+        late = form.outputs < form.inputs
+        for way, multipliers, second in ((form, t, late), (form.transposed(), mirrored, not late)):
+            cost = flops(way) + _OVERHEAD * len(form.layers)
+            ways.append((cost * (1 + second), lambda way=way, m=multipliers: by_layers(way, m).least_rho()))
     return [way for _, way in sorted(ways, key=lambda pair: pair[0])]
 
 

@@ -30,7 +30,7 @@ from lipguard.solvers.first_order import FirstOrder
 from lipguard.solvers.interior_point import InteriorPoint, normal_matrix
 from lipguard.solvers.relative import relative, to_relative
 from lipguard.verify.enclosed import Enclosed
-from lipguard.verify.lmi.elimination import LayerBlocks
+from lipguard.verify.lmi.elimination import by_layers
 from lipguard.verify.lmi.form import feedback_form
 from lipguard.verify.lmi.fronts import front, largest_eigenvalue, real
 from lipguard.verify.lmi.multipliers import prover
@@ -132,8 +132,7 @@ def test_the_largest_eigenvalue_is_enclosed(n):
 
 def either_end(net, t, rho):
     form = feedback_form(net)
-    b = LayerBlocks.of(form)
-    return form, [(b, t), (b.transposed(), rho / (t * (form.beta - form.alpha) ** 2))]
+    return form, [(form, t), (form.transposed(), rho / (t * (form.beta - form.alpha) ** 2))]
 
 
 @settings(PROPERTY, max_examples=60)
@@ -150,14 +149,14 @@ def test_fronts_prove_what_the_dense_matrix_proves(net, margin):
     found = []
     for b, multipliers in ways:
         try:
-            found.append(b.elimination(form, multipliers).least_rho())
+            found.append(by_layers(b, multipliers).least_rho())
         except NotCertified:
             continue
     # Multipliers of slopes widened to 1e-6 are too large for the one order or the other.
     assert found or bool((form.beta - form.alpha < 1e-5).any())
     if found and prove(rho * (1 + 1e-9)):
         assert min(found) <= rho * (1 + 1e-6)
-    backwards = ways[0][0].elimination(form, ways[0][1]).least_rho() if len(found) == 2 else None
+    backwards = by_layers(*ways[0]).least_rho() if len(found) == 2 else None
     if backwards is not None and backwards < 1e12:
         # The first way is about the same multipliers: least rho to least rho.
         assert prove(backwards * (1 + 1e-6))

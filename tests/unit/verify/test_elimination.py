@@ -12,7 +12,7 @@ from lipguard.verify.lmi.elimination import Elimination
 
 @pytest.mark.parametrize("size", [0.5, 2.0])
 def test_imaginary_parts_of_a_pivot_count_beside_real_neighbours(size: float) -> None:
-    """Pivots I + a [[0, i], [-i, 0]], a = 0, size, -size at the three frequencies: eigenvalues 1 +- size, 0 if real parts count."""
+    """Pivots I + a [[0, i], [-i, 0]], a = 0, size, -size at the three frequencies: eigenvalues 1 +- size."""
     turned = torch.tensor([[0, 1j], [-1j, 0]], dtype=torch.complex128) * size
     x = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
     z = Elimination([torch.ones(2, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)], [(3,), ()])
