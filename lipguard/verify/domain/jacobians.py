@@ -8,21 +8,19 @@ radii; and, from 2-norm to 2-norm, the product of the norms of D^(1/2) W D^(1/2)
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lipguard.network import Activation, Affine, Input, Operator, Sum
-from lipguard.rounding import TINY, UNIT, gamma, prove_positive_definite, sqrt_up
+from lipguard.network.walk import Walk
+from lipguard.rounding import TINY, UNIT, gamma
 from lipguard.verify.domain.localized import ENTRIES
 from lipguard.verify.domain.ranges import Propagation
-from lipguard.verify.enclosed import relative_error
+from lipguard.verify.enclosed import Enclosed
 from lipguard.verify.norms.convolution import convolution_bound
 from lipguard.verify.norms.factors import LARGEST_UNROLLED
-from lipguard.verify.norms.matrix_norm import enclosing, largest_row_sum, times
-
-_INFLATIONS = (1e-13, 1e-12, 1e-11, 1e-10, 1e-9, 1e-8, 1e-6)
+from lipguard.verify.norms.matrix_norm import enclosing, matrix_norms, sums_bound
 
 
 def jacobian_bounds(propagation: Propagation, norm: tuple[float, float]) -> Tensor:
@@ -41,51 +39,32 @@ def jacobian_magnitude(propagation: Propagation, rows: Tensor | None = None) -> 
     Returns:
         (K, k, d).
     """
-    network = propagation.network
-    count = len(propagation.regions.lower)
-    slopes = _slopes(propagation)
-    eye = torch.eye(network.outputs, dtype=torch.float64, device=propagation.regions.lower.device)
-    start = eye[None] if rows is None else rows
-    felt: dict[int, tuple[Tensor, Tensor]] = {len(network.nodes) - 1: (start, torch.zeros_like(start))}
+    network, device = propagation.network, propagation.regions.lower.device
+    start = torch.eye(network.outputs, dtype=torch.float64, device=device)[None] if rows is None else rows
+    arrived = network.pull(_Backwards(_slopes(propagation)), Enclosed(start))
+    found = arrived[0].magnitude() if 0 in arrived else start.new_zeros(1, start.shape[1], network.inputs)
+    return found.expand(len(propagation.regions.lower), -1, -1)
 
-    def add(i: int, mid: Tensor, rad: Tensor) -> None:
-        if i in felt:  # one rounding
-            total = felt[i][0] + mid
-            felt[i] = total, (felt[i][1] + rad + 2 * UNIT * total.abs()) * (1 + 4 * UNIT)
-        else:
-            felt[i] = mid, rad
 
-    def through(source: int, operator: Operator, bias: Tensor | None) -> int:
-        del bias
-        back, magnitude = operator.transpose(), operator.abs().transpose()
-        # Sums of products, in the middle and in the radius.
-        k = relative_error(operator, operator.shape[0] + 8)
-        add(source, back(mid), magnitude(rad + 2 * k * (mid.abs() + rad)) * (1 + 4 * k))
-        return source
+class _Backwards(Walk[Enclosed]):
+    """Functionals of the output as functionals of each node, (K or 1, k, size), for all slopes in their intervals."""
 
-    def branch(sources: Sequence[int]) -> int:
-        for source in sources:
-            add(source, mid, rad)
-        return i
+    lacks = "no slopes on a domain are known"
 
-    for i in range(len(network.nodes) - 1, 0, -1):
-        if i not in felt:
-            continue
-        (mid, rad), node = felt.pop(i), network.nodes[i]
-        if i not in slopes:
-            node.linear(node.sources, through, branch)
-            continue
-        low, high = slopes[i]
-        # s = c +- r: the differences round by u of themselves, then the product does.
-        c = ((low + high) / 2)[:, None]
-        r = torch.maximum(high[:, None] - c, c - low[:, None]) * (1 + 2 * UNIT)
-        product = mid * c
-        radius = (mid.abs() * r + rad * (c.abs() + r) + 2 * UNIT * product.abs()) * (1 + 8 * UNIT)
-        add(node.sources[0], product, radius)
-    if 0 not in felt:
-        return torch.zeros(count, start.shape[1], network.inputs, dtype=torch.float64, device=start.device)
-    mid, rad = felt[0]
-    return ((mid.abs() + rad) * (1 + 8 * UNIT)).expand(count, -1, -1)
+    def __init__(self, slopes: dict[int, tuple[Tensor, Tensor]]) -> None:
+        self.slopes = slopes
+
+    def affine(self, i: int, node: Affine, read: Enclosed) -> Enclosed:
+        """c W."""
+        return read.through(node.operator.transpose())
+
+    def activation(self, i: int, node: Activation, read: Enclosed) -> Enclosed:
+        """c D."""
+        return read * Enclosed.between(*self.slopes[i])[:, None]
+
+    def total(self, i: int, node: Sum, *read: Enclosed) -> Enclosed:
+        """Every term is handed the same."""
+        return read[0]
 
 
 def magnitude_norms(magnitude: Tensor, norm: tuple[float, float]) -> Tensor:
@@ -108,37 +87,6 @@ def magnitude_norms(magnitude: Tensor, norm: tuple[float, float]) -> Tensor:
         return matrix_norms(magnitude)
     # Sums of products and their root, each rounded; below the normal range a square loses less than TINY, where there is any.
     return (value * grow + TINY) * magnitude.flatten(1).any(1)
-
-
-def matrix_norms(matrices: Tensor) -> Tensor:
-    """Proved upper bounds of the norms from 2 to 2, (K, a, b) to (K,)."""
-    matrices = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
-    count, k = matrices.shape[0], matrices.shape[2]
-    # A power of two brings each largest entry near 1: exact, but for entries that vanish beside it, by less than TINY.
-    exponent = torch.frexp(matrices.abs().amax((1, 2))).exponent.clamp(-1000, 1000)
-    matrices = torch.ldexp(matrices, -exponent[:, None, None])
-    gram = matrices @ matrices.mT
-    magnitude = matrices.abs()
-    proposed = torch.linalg.eigvalsh(gram)[:, -1].clamp_min(0).sqrt()
-    # The Frobenius norm needs no proof.
-    result = matrices.square().sum((1, 2)).sqrt() * (1 + 4 * gamma(k * matrices.shape[1] + 8)) + k * TINY
-    left = torch.arange(count, device=matrices.device)
-    for inflation in _INFLATIONS:
-        bound = proposed[left] * (1 + inflation) + inflation * 2.0**-20
-        some, square = magnitude[left], bound * bound
-
-        def radius(v: Tensor, some: Tensor = some, square: Tensor = square) -> Tensor:
-            mass = (some @ (some.mT @ v[:, :, None]))[:, :, 0] + square[:, None] * v
-            return mass * (gamma(k + 8) * (1 + 8 * gamma(k + v.shape[1] + 8))) + 2 * (k + 4) * TINY * v.sum(1, keepdim=True)
-
-        trial = -gram[left]
-        trial.diagonal(dim1=-2, dim2=-1).add_(square[:, None])
-        proved = prove_positive_definite(trial, radius)
-        result[left[proved]] = torch.minimum(result[left[proved]], bound[proved])
-        left = left[~proved]
-        if not len(left):
-            break
-    return torch.ldexp(result, exponent) * (1 + 2 * UNIT) + TINY
 
 
 def _products(propagation: Propagation) -> Tensor:
@@ -184,11 +132,8 @@ def _products(propagation: Propagation) -> Tensor:
 def _norms(operator: Operator, left: Tensor | None, right: Tensor | None) -> Tensor:
     """Bounds of the norms from 2 to 2 of diag(left) W diag(right), (K,), or (1,) without factors."""
     if math.prod(operator.shape) > LARGEST_UNROLLED:
-        if operator.convolution is not None:
-            value = enclosing(operator, convolution_bound(operator.convolution))
-        else:  # ||W||_2^2 <= ||W||_1 ||W||_inf
-            magnitude = operator.abs()
-            value = sqrt_up(times(largest_row_sum(magnitude), largest_row_sum(magnitude.transpose())))
+        convolution = operator.convolution
+        value = sums_bound(operator) if convolution is None else enclosing(operator, convolution_bound(convolution))
         return torch.tensor([value], dtype=torch.float64, device=operator.device)
     weight = operator.dense()[None]
     # Off by rho |W| entry by entry: the norm by rho times that of the magnitudes, or a little more as it is computed.

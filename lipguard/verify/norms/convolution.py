@@ -12,18 +12,16 @@ from torch import Tensor
 
 from lipguard.errors import NotCertified
 from lipguard.network import Conv
-from lipguard.rounding import TINY, UNIT, gamma, sqrt_up, up
+from lipguard.rounding import TINY, gamma, sqrt_up, up
 from lipguard.verify.lmi.fronts import real
-from lipguard.verify.norms.matrix_norm import frobenius_bound, largest_row_sum, norm_test, prove_matrix_norm, times, unscaled
+from lipguard.verify.norms.matrix_norm import frobenius_bound, norm_test, prove_matrix_norm, sums_bound, times, unscaled
+from lipguard.verify.torus.frequencies import PHASE, waves
 
 _WORK = 1e11
 """Multiplications up to which the frequencies are gone through: some ten seconds of one core."""
 
 _INFLATIONS = (1e-12, 1e-9, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
 _CHUNK = 2**22
-_PHASE = 256 * UNIT
-"""Error of a computed phase exp(2 pi i r): at most 3 real phases multiplied, each with an angle below 2 pi that is wrong by
-25 units and a sine and cosine wrong by a few more."""
 
 
 def convolution_bound(conv: Conv) -> float:
@@ -48,8 +46,7 @@ def kernel_bound(conv: Conv) -> float:
     <= ||K||^2 m ||x||^2. And the same for the adjoint, where every entry meets at most as many places as there are taps.
     Groups make the matrix block-diagonal: the largest of theirs counts.
     """
-    magnitude = conv.abs()
-    best = sqrt_up(times(largest_row_sum(magnitude), largest_row_sum(magnitude.transpose())))
+    best = sums_bound(conv)
     kernel = conv.weight.shape[2:]
     # Places i with s i + d t = x for taps t: t runs through multiples of s / gcd(d, s), and i follows from t.
     patches = math.prod(
@@ -70,76 +67,72 @@ def _matrix_bound(matrix: Tensor) -> float:
         return math.inf
 
 
-def torus_of(conv: Conv) -> tuple[list[list[tuple[int, int]]], list[int]]:
-    """(place, phase) of every tap along each axis, and the lengths of a torus on which no two places fall together.
+def polyphase(conv: Conv) -> tuple[Tensor, list[int]]:
+    """The kernel by phase and place, (groups, out, in, phases, *places), and the lengths of a torus that holds the image.
 
-    Tap t of output i reads entry s i + d t - p = s (i + a) + b of the large side: place a relative to i, phase b.
+    Entry x(q) has phase b = q mod s and place a = (q - b) / s; tap t of output i reads d t - p = s a + b, relative to s i. On
+    the torus no two places that are read or filled fall together.
     """
-    axes, lengths = [], []
+    taps, lengths = [], []
     for n, m, s, p, d, k in zip(
         conv.large, conv.small, conv.stride, conv.padding, conv.dilation, conv.weight.shape[2:], strict=True
     ):
-        taps = [divmod(d * t - p, s) for t in range(k)]
-        places = [a for a, _ in taps]
-        lengths.append(max((n - 1) // s, m - 1 + max(places)) - min(0, *places) + 1)
-        axes.append(taps)
-    return axes, lengths
+        found = [divmod(d * t - p, s) for t in range(k)]
+        first, last = min(a for a, _ in found), max(a for a, _ in found)
+        lengths.append(max((n - 1) // s, m - 1 + last) - min(0, first) + 1)
+        taps.append([(a - first, b) for a, b in found])
+    phases = {phase: k for k, phase in enumerate(sorted(set(product(*({b for _, b in axis} for axis in taps)))))}
+    kernel = conv.weight.detach().reshape(conv.groups, -1, *conv.weight.shape[1:])
+    spread = kernel.new_zeros(*kernel.shape[:3], len(phases), *(max(a for a, _ in axis) + 1 for axis in taps))
+    for tap in product(*(range(len(axis)) for axis in taps)):
+        places, own = zip(*(axis[t] for axis, t in zip(taps, tap, strict=True)), strict=True)
+        spread[(..., phases[own], *places)] = kernel[(..., *tap)]
+    return spread, lengths
 
 
 def frequency_bound(conv: Conv) -> float | None:
     """Upper bound by the convolution on a torus, of which the zero-padded one is a part; None where it takes too long.
 
-    Every entry x(q) is put into phase b = q mod s and place a = (q - b) / s: the stride becomes 1, y(i) is the sum over taps t
-    of K(t) x_b(i + a), with d t - p = s a + b. If the torus is long enough that no two places a that are read or filled fall
-    together, W is C restricted to the inputs and outputs that exist, with C block-circulant. The norm of C is the largest over
-    the torus's own frequencies w of ||K(w)||, K(w) = sum_t K(t) exp(i w a): a finite grid, and nothing lies between. The
-    kernel is real, so that w and -w have one norm.
+    By phases and places (see `polyphase`) the stride becomes 1, and y(i) is the sum over places a and phases b of
+    K_b(a) x_b(i + a). On the torus W is C restricted to the inputs and outputs that exist, with C block-circulant. The norm of C
+    is the largest over the torus's own frequencies w of ||K(w)||, K(w) = sum_a K(a) exp(i w a): a finite grid, and nothing lies
+    between. The kernel is real, so that w and -w have one norm.
     """
-    weight = conv.weight.detach()
-    axes, lengths = torus_of(conv)
-    kernel = weight.reshape(conv.groups, -1, weight.shape[1], math.prod(weight.shape[2:]))
-    phases: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]] = {}
-    for t, tap in enumerate(product(*axes)):
-        phases.setdefault(tuple(b for _, b in tap), []).append((t, tuple(a for a, _ in tap)))
-    few = min(kernel.shape[1], kernel.shape[2] * len(phases))
-    many = max(kernel.shape[1], kernel.shape[2] * len(phases))
+    spread, lengths = polyphase(conv)
+    places = torch.cartesian_prod(*(torch.arange(n, device=spread.device) for n in spread.shape[4:])).reshape(-1, len(lengths))
+    kernel = spread.flatten(4).flatten(2, 3)
+    taken = kernel.flatten(0, 2).any(0)
+    kernel, places = kernel[..., taken], places[taken]
+    few, many = sorted(kernel.shape[1:3])
     count = math.prod(lengths) // 2 + 1
-    if count * conv.groups * 8 * few * few * many > _WORK or not bool(weight.any()):
-        return None if bool(weight.any()) else 0.0
+    if count * conv.groups * 8 * few * few * many > _WORK or not len(places):
+        return None if len(places) else 0.0
 
     def symbols() -> Iterator[Tensor]:
         """K(w) for every frequency up to sign and every group, in chunks (frequencies times groups, few, many), complex."""
-        halves = [*(range(length) for length in lengths[:-1]), range(lengths[-1] // 2 + 1)]
-        grid = torch.cartesian_prod(*(torch.arange(len(half), device=weight.device) for half in halves)).reshape(-1, len(lengths))
+        halves = [*lengths[:-1], lengths[-1] // 2 + 1]
+        grid = torch.cartesian_prod(*(torch.arange(n, device=kernel.device) for n in halves)).reshape(-1, len(lengths))
         for part in grid.split(max(1, _CHUNK // (4 * conv.groups * few * many))):
-            blocks = []
-            for taps in phases.values():
-                turns = torch.ones(len(part), len(taps), dtype=torch.complex128, device=weight.device)
-                for axis, length in enumerate(lengths):
-                    places = torch.tensor([a[axis] for _, a in taps], device=weight.device)
-                    # the angle's multiple of 1 / length is exact
-                    turn = (part[:, axis, None] * places).remainder(length).to(torch.float64) * (2 * math.pi / length)
-                    turns = turns * torch.complex(turn.cos(), turn.sin())
-                chosen = kernel[..., [t for t, _ in taps]]
-                blocks.append(
-                    torch.complex(
-                        torch.einsum("ft,goct->fgoc", turns.real, chosen), torch.einsum("ft,goct->fgoc", turns.imag, chosen)
-                    )
-                )
-            symbol = torch.cat(blocks, -1).flatten(0, 1)
+            turns = torch.ones((), dtype=torch.complex128, device=kernel.device)
+            for axis, length in enumerate(lengths):
+                turns = turns * waves(part[:, axis, None] * places[:, axis], length)
+            real_part, imaginary = (torch.einsum("ft,goct->fgoc", side, kernel) for side in (turns.real, turns.imag))
+            symbol = torch.complex(real_part, imaginary).flatten(0, 1)
             yield symbol if symbol.shape[1] <= symbol.shape[2] else symbol.mH
 
+    def proved(bound: float) -> bool:
+        tests = ((norm_test(real(s)), torch.arange(len(s), device=s.device)) for s in symbols())
+        return all(bool(test(every, kernel.new_full(every.shape, bound)).all()) for test, every in tests)
+
     top = max(_estimate(symbol) for symbol in symbols())
-    # |K(w) - computed| <= sum_t |K(t)| (phase + rounding of the sum), for the real and the imaginary part.
+    # |K(w) - computed| <= sum_t |K(t)| (waves of at most 3 axes and their products, and the rounding of the sum), for the real
+    # and the imaginary part.
     taps = kernel.shape[-1]
-    error = 2 * (_PHASE + 2 * gamma(taps + 8)) * kernel.abs().sum(-1)
-    slack = (
-        max(frobenius_bound(torch.cat([part] * len(phases), 1)) for part in error)
-        + 2 * taps * len(phases) * kernel[0, ..., 0].numel() * TINY
-    )
+    error = 2 * (4 * PHASE + 2 * gamma(taps + 8)) * kernel.abs().sum(-1)
+    slack = max(frobenius_bound(part) for part in error) + 2 * taps * kernel[0, ..., 0].numel() * TINY
     for inflation in _INFLATIONS:
         bound = up(top * (1 + inflation))
-        if math.isfinite(bound) and all(norm_test(real(symbol))(bound) for symbol in symbols()):
+        if math.isfinite(bound) and proved(bound):
             return up(up(bound + slack))
     return None
 

@@ -22,18 +22,16 @@ import torch
 from torch import Tensor
 
 from lipguard.network import Conv
-from lipguard.rounding import TINY, UNIT, down, gamma, sqrt_up, sum_up, up
-from lipguard.verify.norms.convolution import kernel_bound, torus_of
+from lipguard.rounding import TINY, down, gamma, sqrt_up, sum_up, up
+from lipguard.verify.norms.convolution import kernel_bound, polyphase
 from lipguard.verify.norms.matrix_norm import unscaled
+from lipguard.verify.torus.frequencies import PHASE, waves
 
 _POINTS = 2**16
 """Frequencies up to which the torus's own are gone through."""
 
 _SHIFTS = 4096
 """Correlations up to which they are formed; kernels as large as their image have another bound."""
-
-_PHASE = 256 * UNIT
-"""Error of a computed phase of one axis: an angle below 2 pi that is wrong by a few units, its sine and cosine likewise."""
 
 
 def toeplitz_bound(conv: Conv) -> float:
@@ -52,7 +50,7 @@ def toeplitz_bound(conv: Conv) -> float:
 
 
 def _bound(conv: Conv) -> float:
-    spread, lengths = _polyphase(conv)
+    spread, lengths = polyphase(conv)
     degrees = [n - 1 for n in spread.shape[4:]]
     if math.prod(2 * n + 1 for n in degrees) > _SHIFTS:
         return kernel_bound(conv)
@@ -77,26 +75,6 @@ def _bound(conv: Conv) -> float:
     return sqrt_up(up(square / loss))
 
 
-def _polyphase(conv: Conv) -> tuple[Tensor, list[int]]:
-    """The kernel by phase and place, (groups, out, in, phases, *places), and the lengths of a torus that holds the image.
-
-    Entry x(q) has phase b = q mod s and place a = (q - b) / s; tap t of output i reads d t - p = s a + b, relative to s i.
-    """
-    weight = conv.weight.detach()
-    found, lengths = torus_of(conv)
-    firsts = [min(a for a, _ in taps) for taps in found]
-    axes = [[(a - first, b) for a, b in taps] for taps, first in zip(found, firsts, strict=True)]
-    phases = sorted(set(product(*(sorted({b for _, b in taps}) for taps in axes))))
-    sizes = [max(a for a, _ in taps) + 1 for taps in axes]
-    kernel = weight.reshape(conv.groups, -1, *weight.shape[1:])
-    spread = kernel.new_zeros(*kernel.shape[:3], len(phases), *sizes)
-    for tap in product(*(range(len(taps)) for taps in axes)):
-        chosen = [taps[t] for taps, t in zip(axes, tap, strict=True)]
-        phase = phases.index(tuple(b for _, b in chosen))
-        spread[(..., phase, *(a for a, _ in chosen))] = kernel[(..., *tap)]
-    return spread, lengths
-
-
 def _correlations(spread: Tensor, degrees: list[int]) -> tuple[Tensor, Tensor]:
     """c_m = sum over places a of K(a) K(a + m), summed over inputs (groups, out, *shifts), over outputs (groups, in, *shifts)."""
     rows, columns = [], []
@@ -115,11 +93,10 @@ def _largest(coefficients: Tensor, mass: Tensor, degrees: list[int], grid: list[
     value = coefficients.to(torch.complex128).flatten(0, 1)
     for n, size in zip(degrees, grid, strict=True):
         turns = torch.arange(-n, n + 1, device=value.device)[:, None] * torch.arange(size, device=value.device)
-        angle = turns.remainder(size).to(torch.float64) * (2 * math.pi / size)
         # The shifts contracted are always the first that are left; their frequencies come last.
-        value = torch.einsum("im...,mw->i...w", value, torch.complex(angle.cos(), angle.sin()))
+        value = torch.einsum("im...,mw->i...w", value, waves(turns, size))
     top = value.real.flatten(1).amax(1).reshape(mass.shape)
     # sum |c_m| <= mass: one relative error for the correlations, one for the phases and sums of every axis; all counted twice
     count = terms + coefficients[0, 0].numel() + 16
-    error = mass * (2 * len(degrees) * (_PHASE + 4 * gamma(count)) + 4 * gamma(count)) * 2 + count * count * TINY
+    error = mass * (2 * len(degrees) * (PHASE + 4 * gamma(count)) + 4 * gamma(count)) * 2 + count * count * TINY
     return sum_up((top + error).clamp_min(0), dim=1)

@@ -18,11 +18,11 @@ from lipguard.certificate import Domain, Witness
 from lipguard.errors import NotCertified
 from lipguard.network import Activation, Affine, Coupled, Implicit, Input, Network, Operator, Sum
 from lipguard.network.walk import Walk, fold
-from lipguard.rounding import TINY, UNIT, down, gamma, norm_up, sqrt_up, up
+from lipguard.rounding import TINY, UNIT, down, gamma, norm_up, up
 from lipguard.verify.enclosed import Enclosed, image, slopes_at
 from lipguard.verify.norms.convolution import kernel_bound
 from lipguard.verify.norms.implicit import enclose
-from lipguard.verify.norms.matrix_norm import enclosing, frobenius_bound, largest_row_sum, prove_matrix_norm, times
+from lipguard.verify.norms.matrix_norm import enclosing, frobenius_bound, prove_matrix_norm, sums_bound
 from lipguard.verify.point.coupled_tangent import Beside
 
 _LARGEST_PROVED = 1024
@@ -162,9 +162,7 @@ def _norm_bound(operator: Operator) -> float:
         matrix = operator.dense()
         with contextlib.suppress(NotCertified):
             return enclosing(operator, prove_matrix_norm(matrix, float(torch.linalg.matrix_norm(matrix, 2)), "a layer"))
-    magnitude = operator.abs()
-    sums = sqrt_up(times(largest_row_sum(magnitude), largest_row_sum(magnitude.transpose())))
-    return min(sums, enclosing(operator, frobenius_bound(operator.dense())))
+    return min(sums_bound(operator), enclosing(operator, frobenius_bound(operator.dense())))
 
 
 def _norm_down(x: Tensor, q: float) -> float:

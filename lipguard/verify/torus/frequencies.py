@@ -1,4 +1,4 @@
-"""Frequencies of signals on tori by blocks: which there are, which fold together, which are opposite; exact, in integers."""
+"""Frequencies of signals on tori by blocks: which there are, which fold together, which are opposite; and their waves."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from itertools import product
 
 import torch
 from torch import Tensor
+
+from lipguard.rounding import UNIT
+
+PHASE = 64 * UNIT
+"""Error of a computed wave: the angle, below 2 pi, is wrong by 4 units of it, its sine and cosine by a few more each."""
 
 Counts = tuple[int, ...]
 """Number of blocks, hence of frequencies, along each axis; () for a vector, which has one."""
@@ -20,6 +25,12 @@ def grid(counts: Counts, device: torch.device) -> Tensor:
 def finer(a: Counts, b: Counts) -> Counts:
     """The larger of two numbers of blocks, one of which divides the other."""
     return a if math.prod(a) >= math.prod(b) and a else b
+
+
+def waves(turns: Tensor, length: int) -> Tensor:
+    """exp(2 pi i turns / length) of integers, each off by at most PHASE: what is left of the turns is exact."""
+    angle = turns.remainder(length).to(torch.float64) * (2 * math.pi / length)
+    return torch.complex(angle.cos(), angle.sin())
 
 
 def fold(fine: Counts, coarse: Counts, device: torch.device) -> Tensor:

@@ -12,13 +12,10 @@ from lipguard.network import Conv
 from lipguard.network.images import Shape
 from lipguard.rounding import UNIT, gamma
 from lipguard.verify.enclosed import Enclosed
-from lipguard.verify.torus.frequencies import Counts, finer, grid
+from lipguard.verify.torus.frequencies import PHASE, Counts, finer, grid, waves
 
 Grid = tuple[tuple[int, ...], Counts]
 """A torus: its length along each axis, and its number of blocks."""
-
-_PHASE = 64 * UNIT
-"""Error of a computed exp(i a): the angle, below 2 pi, is wrong by 4 units of it, its sine and cosine by a few more each."""
 
 
 def transform(conv: Conv, small: Grid, large: Grid) -> Enclosed:
@@ -40,18 +37,16 @@ def transform(conv: Conv, small: Grid, large: Grid) -> Enclosed:
             r = (stride * i + dilation * tap - padding) % far
             q, q_far = i // step, r // step_far
             # f q' / b' - f q / b as a multiple of 1 / (b b'), exact
-            turns = (f[:, None] * (q_far * b - q * b_far)) % (b * b_far)
-            angle = turns.to(torch.float64) * (2 * math.pi / (b * b_far))
-            waves = torch.complex(angle.cos(), angle.sin()) / math.sqrt(b * b_far)
+            wave = waves(f[:, None] * (q_far * b - q * b_far), b * b_far) / math.sqrt(b * b_far)
             cell = (i % step) * step_far + r % step_far
-            center = waves.new_zeros(len(f), step * step_far).index_add_(1, cell, waves)
+            center = wave.new_zeros(len(f), step * step_far).index_add_(1, cell, wave)
             counts = torch.bincount(cell, minlength=step * step_far).to(torch.float64) / math.sqrt(b * b_far)
             taps.append(center.reshape(len(f), step, step_far)[numbers[:, axis]])
             masses.append(counts.reshape(step, step_far) * (1 + 4 * UNIT))
             longest = max(longest, near)
         centers.append(taps)
         sizes.append(masses)
-    return _with_kernel(conv, centers, sizes, 2 * _PHASE + 4 * gamma(longest + 8))
+    return _with_kernel(conv, centers, sizes, 2 * PHASE + 4 * gamma(longest + 8))
 
 
 def _with_kernel(conv: Conv, centers: list[list[Tensor]], sizes: list[list[Tensor]], error: float) -> Enclosed:
@@ -93,19 +88,18 @@ def spectrum(rows: Enclosed, shape: Shape, torus: Grid) -> Enclosed:
         parts = [n for b, m in zip(blocks, side, strict=True) for n in (b, m // b)]
         return full.reshape(count, shape[0], *parts)
 
-    waves, mass, moved = spread(rows.center).to(torch.complex128), spread(rows.center.abs()), spread(rows.spread)
+    center, mass, moved = spread(rows.center).to(torch.complex128), spread(rows.center.abs()), spread(rows.spread)
     for axis, b in enumerate(blocks):
         f = torch.arange(b, device=device)
-        angle = ((f[:, None] * f) % b).to(torch.float64) * (2 * math.pi / b)
-        turn = torch.complex(angle.cos(), angle.sin()) / math.sqrt(b)
-        waves = (waves.movedim(2 + 2 * axis, -1) @ turn.T).movedim(-1, 2 + 2 * axis)
+        turn = waves(f[:, None] * f, b) / math.sqrt(b)
+        center = (center.movedim(2 + 2 * axis, -1) @ turn.T).movedim(-1, 2 + 2 * axis)
         mass, moved = (m.sum(2 + 2 * axis, keepdim=True) / math.sqrt(b) for m in (mass, moved))
     steps = [2 + 2 * axis for axis in range(dims)]
     order = (*steps, 0, *(s + 1 for s in steps), 1)
-    center = waves.permute(order).reshape(math.prod(blocks), count, -1)
+    center = center.permute(order).reshape(math.prod(blocks), count, -1)
     terms = sum(blocks) + 8 * dims
     # Of each axis: the phases, their scaling, and the sum; relative to the sum of absolute values.
-    own = dims * (_PHASE + 4 * UNIT) * (1 + 1e-6) + 4 * gamma(terms)
+    own = dims * (PHASE + 4 * UNIT) * (1 + 1e-6) + 4 * gamma(terms)
     radius = (mass * own + moved * (1 + own)).permute(order).reshape(count, -1) * (1 + 2 * gamma(terms))
     return Enclosed(center, radius)
 
