@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from lipguard.network import Activation, Affine, Input, Operator, Sum
+from lipguard.network import Activation, Affine, Operator, Sum
 from lipguard.network.walk import Walk
 from lipguard.rounding import TINY, UNIT, gamma
 from lipguard.verify.domain.localized import ENTRIES
@@ -21,6 +21,7 @@ from lipguard.verify.enclosed import Enclosed
 from lipguard.verify.norms.convolution import convolution_bound
 from lipguard.verify.norms.factors import LARGEST_UNROLLED
 from lipguard.verify.norms.matrix_norm import enclosing, matrix_norms, sums_bound
+from lipguard.verify.norms.product import product_bound
 
 
 def jacobian_bounds(propagation: Propagation, norm: tuple[float, float]) -> Tensor:
@@ -90,14 +91,13 @@ def magnitude_norms(magnitude: Tensor, norm: tuple[float, float]) -> Tensor:
 
 
 def _products(propagation: Propagation) -> Tensor:
-    """Products of the norms of D^(1/2) W D^(1/2) along the graph, summed where branches meet, (K,).
+    """Products along the graph (see `norms.product`) of the norms of D^(1/2) W D^(1/2), (K,).
 
     An activation gives D^(1/2) to the affine map before it, if that feeds nothing else, and to those behind it, if there
-    are only affine maps; to a side that cannot take it, its largest entry.
+    are only affine maps; to a side that cannot take it, its largest entry. What is scaled keeps its places.
     """
     network = propagation.network
-    nodes = network.nodes
-    count, device = len(propagation.regions.lower), propagation.regions.lower.device
+    nodes, count = network.nodes, len(propagation.regions.lower)
     consumers: list[list[int]] = [[] for _ in nodes]
     for i, node in enumerate(nodes):
         for source in node.sources:
@@ -111,22 +111,15 @@ def _products(propagation: Propagation) -> Tensor:
     read = {i: nodes[i].sources[0] for i in roots}
     before = {i: scalable(read[i]) and consumers[read[i]] == [i] for i in roots}
     behind = {i: bool(consumers[i]) and all(scalable(c) for c in consumers[i]) for i in roots}
-    bounds: list[Tensor] = []
+    factors = {i: root.amax(1) ** (2 - before[i] - behind[i]) * (1 + 4 * UNIT) for i, root in roots.items()}
     for i, node in enumerate(nodes):
-        match node:
-            case Input():
-                bounds.append(torch.ones(count, dtype=torch.float64, device=device))
-            case Affine():
-                left = next((roots[c] for c in consumers[i] if before.get(c, False)), None)
-                right = roots[node.source] if behind.get(node.source, False) else None
-                bounds.append(bounds[node.source] * _norms(node.operator, left, right) * (1 + 2 * UNIT))
-            case Activation():
-                rest = 2 - before[i] - behind[i]
-                largest = roots[i].amax(1) if roots[i].shape[1] else torch.zeros(count, dtype=torch.float64, device=device)
-                bounds.append(bounds[node.source] * largest**rest * (1 + 4 * UNIT))
-            case Sum():
-                bounds.append(torch.stack([bounds[s] for s in node.sources]).sum(0) * (1 + 2 * gamma(len(node.sources) + 2)))
-    return bounds[-1].expand(count) + TINY
+        if (operator := node.map) is not None:
+            left = next((roots[c] for c in consumers[i] if before.get(c, False)), None)
+            right = roots[node.sources[0]] if behind.get(node.sources[0], False) else None
+            factors[i] = _norms(operator, left, right)
+    table = {i: factor.expand(count).tolist() for i, factor in factors.items()}
+    bounds = [product_bound(network, {i: row[k] for i, row in table.items()}, 2.0) for k in range(count)]
+    return torch.tensor(bounds, dtype=torch.float64, device=propagation.regions.lower.device) + TINY
 
 
 def _norms(operator: Operator, left: Tensor | None, right: Tensor | None) -> Tensor:

@@ -26,7 +26,7 @@ from lipguard.errors import NotCertified
 from lipguard.network import Activation, Affine, Network, Operator, Sum
 from lipguard.rounding import TINY, UNIT, gamma
 from lipguard.verify.domain.relaxation import Intervals, Lines
-from lipguard.verify.enclosed import relative_error
+from lipguard.verify.enclosed import Enclosed, relative_error
 
 _LARGEST = 8192
 """Neurons of a layer up to which linear propagation is used; beyond, intervals alone."""
@@ -298,25 +298,13 @@ def _affine(
 ) -> Value:
     """Values of operator v + bias, the affine node i, whose mass is kept."""
     lower, upper, center = v
-    middle = (lower + upper) / 2
-    # The differences round by u of themselves.
-    half = torch.maximum(upper - middle, middle - lower) * (1 + 4 * UNIT)
-    magnitude = operator.abs()
-    value, mass, center = operator(middle), magnitude(middle.abs()), operator(center)
-    masses[i] = magnitude(torch.maximum(lower.abs(), upper.abs()))
+    center, masses[i] = operator(center), operator.abs()(torch.maximum(lower.abs(), upper.abs()))
     if bias is not None:
-        value, mass, center, masses[i] = value + bias, mass + bias.abs(), center + bias, masses[i] + bias.abs()
-    k = relative_error(operator, operator.shape[1] + 8)
-    reach = magnitude(half) if bias_radius is None else magnitude(half) + bias_radius
-    # Sums of products, in the middle and in the radius; products below the normal range lose less than TINY each.
-    radius = reach + 2 * k * (reach + mass) + operator.shape[1] * TINY
-    return value - radius, value + radius, center
+        center, masses[i] = center + bias, masses[i] + bias.abs()
+    return *Enclosed.between(lower, upper).through(operator, bias, bias_radius).ends(), center
 
 
 def _total(parts: Sequence[Value]) -> Value:
     """Values of a sum of nodes."""
-    low, high, middle = (torch.stack(side).sum(0) for side in zip(*parts, strict=True))
-    # A sum of as many terms as there are parts, at each end.
-    size = torch.stack([torch.maximum(lower.abs(), upper.abs()) for lower, upper, _ in parts]).sum(0)
-    slack = gamma(len(parts) + 2) * size
-    return low - slack, high + slack, middle
+    low, high = Enclosed.sum([Enclosed.between(lower, upper) for lower, upper, _ in parts]).ends()
+    return low, high, torch.stack([center for _, _, center in parts]).sum(0)

@@ -55,7 +55,7 @@ class Beside(Groups[tuple[Enclosed, Enclosed]]):
         """z + 2 v max(-p, 0), p = v'z; its derivative t - 2 v s q, q = v't, s the slope: 0 for p > 0, 1 for p < 0."""
         v, order = function.directions, function.index.flatten().argsort()
         z, t = self.at[function.index], self.tangent[function.index]
-        p, q = _inner(v, z), _inner(v, t)
+        p, q = ((e[:, None] @ Enclosed(v)[:, :, None])[:, :, 0] for e in (z, t))
         beyond = Enclosed(p.center.neg().clamp_min(0), p.radius)  # the error does not grow
         away, behind = p.center > p.spread, p.center < -p.spread
         slope = Enclosed.between(behind.to(v), (~away).to(v))
@@ -129,14 +129,6 @@ def _total(parts: Enclosed) -> Enclosed:
 
 def _flat(grouped: Enclosed, order: Tensor) -> Enclosed:
     return Enclosed(grouped.center.flatten()[order], grouped.spread.flatten()[order])
-
-
-def _inner(v: Tensor, z: Enclosed) -> Enclosed:
-    """v'z in every group, (groups, 1): a sum of products, and what the radius moves it by."""
-    k = v.shape[1] + 2
-    product = v * z.center
-    mass, reach = product.abs().sum(1, keepdim=True), (v.abs() * z.spread).sum(1, keepdim=True)
-    return Enclosed(product.sum(1, keepdim=True), (reach + gamma(k) * mass) * (1 + 4 * gamma(k)) + k * TINY)
 
 
 def _hull(values: Enclosed, index: Tensor, possible: Tensor) -> Enclosed:
