@@ -29,7 +29,7 @@ def flat_weights(form: PhaseForm, ranges: Implied, reduced: Reduced, k: int, par
     p, height = reduced.p[k].numpy(), reduced.height[k].numpy()
     f = reduced.index.shape[1]
     known = (form.exact | form.conic).numpy()
-    affine = known & ~(p[:, :f] != 0).any(1) & (np.abs(p[:, f:]).sum(1) > 1e-12 * reduced.p_mass[k].numpy().sum(1))
+    affine = known & ~(p[:, :f] != 0).any(1) & (np.abs(p[:, f:]).sum(1) > reduced.inner.spread[k].numpy().sum(1))
     below, above = np.flatnonzero(affine & np.isfinite(cut_low)), np.flatnonzero(affine & np.isfinite(cut_high))
     owners, signs = np.r_[below, above], np.r_[np.ones(len(below)), -np.ones(len(above))]
     if not len(owners):

@@ -20,6 +20,9 @@ from lipguard.verify.rewriting import neurons_only
 _LARGEST_INFLATION = 1e-2
 """Multipliers that prove nothing within this of the proposed squared bound are refused."""
 
+_MASS = 2.0**40
+"""Magnitudes that cancelled are of this order beside the radius that they leave."""
+
 
 def check_local_multipliers(
     network: Network, evidence: Sequence[LocalMultipliers], domains: Sequence[Domain], norm: tuple[float, float]
@@ -72,8 +75,8 @@ def of_neurons(network: Network) -> Network:
 
 def least_bounds(maps: Localized, t: Tensor, rho: Tensor) -> list[float]:
     """sqrt of the smallest squared bound at or just above each rho that is proved; nan where there is none."""
-    # A constant map has magnitudes 0; where everything cancels, rounding leaves a bound in proportion to them.
-    floor = maps.y_mass.square().sum((1, 2))
+    # A constant map is 0; where everything cancels, rounding leaves a bound in proportion to what it may have left.
+    floor = (maps.y.abs() + _MASS * maps.outer.spread).square().sum((1, 2))
     values = [0.0 if zero else math.nan for zero in (floor == 0).tolist()]
     left = (floor > 0).nonzero()[:, 0]
     rho = torch.where(rho.isfinite(), rho, torch.zeros_like(rho)).clamp_min(0)

@@ -27,51 +27,52 @@ ENTRIES = 30_000_000
 """Entries of Q over all neurons that are held at once: 240 MB."""
 
 
+_HALF = torch.tensor(0.5, dtype=torch.float64)
+
+
 @dataclass(frozen=True, eq=False)
 class Localized:
     """K maps over (u, x), their free neurons first, padded to the largest number f of them.
 
     Attributes:
         index: (K, f), the neuron in each place; present: (K, f), whether there is one. Absent rows and columns are 0.
-        q, y: (K, f, f + d) and (K, m, f + d).
-        q_mass, y_mass: the same sums in absolute values; `error` times them bounds every rounding in q and y.
+        inner, outer: Q (K, f, f + d) and Y (K, m, f + d), enclosed; `q` and `y` are their centers.
         width: beta - alpha of each place, (K, f).
         layers: the activation node's position of each place, (K, f).
-        error: relative.
     """
 
     index: Tensor
     present: Tensor
-    q: Tensor
-    q_mass: Tensor
-    y: Tensor
-    y_mass: Tensor
+    inner: Enclosed
+    outer: Enclosed
     width: Tensor
     layers: Tensor
-    error: float
+
+    @property
+    def q(self) -> Tensor:
+        """Q in floating point."""
+        return self.inner.center
+
+    @property
+    def y(self) -> Tensor:
+        """Y in floating point."""
+        return self.outer.center
 
     def pick(self, which: Tensor) -> Localized:
         """The chosen maps, with repetitions where wanted."""
         width = int(self.present[which].sum(1).max()) if len(which) and self.index.shape[1] else 0
-        f = self.index.shape[1]
-        device = self.q.device
-        columns = torch.cat([torch.arange(width, device=device), torch.arange(f, self.y.shape[2], device=device)])
-        rows = [v[which][:, :width] for v in (self.index, self.present)]
-        q, q_mass = (v[which][:, :width][:, :, columns] for v in (self.q, self.q_mass))
-        y, y_mass = (v[which][:, :, columns] for v in (self.y, self.y_mass))
-        more = [v[which][:, :width] for v in (self.width, self.layers)]
-        return Localized(rows[0], rows[1], q, q_mass, y, y_mass, more[0], more[1], self.error)
+        columns = [*range(width), *range(self.index.shape[1], self.y.shape[2])]
+        index, present, more, layers = (v[which, :width] for v in (self.index, self.present, self.width, self.layers))
+        inner, outer = self.inner[which, :width][:, :, columns], self.outer[which][:, :, columns]
+        return Localized(index, present, inner, outer, more, layers)
 
     @property
     def form(self) -> Form:
         """As feedback forms with slopes in [0, 1]."""
         n, width, outputs = self.index.shape[1], self.y.shape[2], self.y.shape[1]
-
         neurons, inputs, behind = slice(0, n), slice(n, width), slice(n, n + outputs)
-        blocks = []
-        for rows, center, mass in ((neurons, self.q, self.q_mass), (behind, self.y, self.y_mass)):
-            radius = mass * (self.error * (1 + 4 * UNIT))  # the product rounds once
-            blocks += [Block(rows, c, Enclosed(center[..., c], radius[..., c])) for c in (neurons, inputs)]
+        rows = ((neurons, self.inner), (behind, self.outer))
+        blocks = (Block(here, columns, e[..., columns]) for here, e in rows for columns in (neurons, inputs))
         present = tuple(block for block in blocks if not block.matrix.zero)
         return Form(present, (neurons,), n, width - n, outputs, self.width.new_zeros(1), self.width.new_ones(1))
 
@@ -82,29 +83,21 @@ class Localized:
 
     def jacobian_magnitude(self) -> Tensor:
         """Entrywise upper bound of |J| over all slopes of u in [0, 1], (K, m, d)."""
-        f = self.index.shape[1]
-        middle = radius = torch.zeros_like(self.q[:, :, f:])
+        f, half = self.index.shape[1], Enclosed(_HALF.to(self.q), _HALF.to(self.q))
 
-        def rows(direct: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-            """J of rows over (u, x), where J of u is middle / 2 +- radius: u_j = s p_j with s = 1/2 +- 1/2."""
-            through, size = direct[:, :, :f], middle.abs() + radius
-            mid = direct[:, :, f:] + through @ middle / 2
-            rad = through.abs() @ (radius + middle.abs() / 2)
-            # Twice the maps' error: once for their entries, once for the sums made of them here.
-            return mid, rad + 2 * self.error * (mass[:, :, f:] + mass[:, :, :f] @ size)
+        def rows(e: Enclosed, found: Enclosed) -> Enclosed:
+            """J of rows over (u, x) from J of p: u_j = s p_j with s = 1/2 +- 1/2."""
+            return e[:, :, f:] + e[:, :, :f] @ (found * half)
 
+        found = Enclosed(torch.zeros_like(self.q[:, :, f:]))
         # Q is nilpotent: after as many turns as there are layers all rows are final.
         for _ in range(int(self.layers.max()) + 1 if self.layers.numel() else 0):
-            middle, radius = rows(self.q, self.q_mass)
-        mid, rad = rows(self.y, self.y_mass)
-        # The radii are sums of nonnegative numbers, each off by at most `error` of itself a layer.
-        return (mid.abs() + rad) * (1 + 64 * self.error)
+            found = rows(self.inner, found)
+        return rows(self.outer, found).magnitude()
 
     def functionals(self, rows: Tensor) -> Localized:
         """The maps followed by rows (K, k, m) of their outputs."""
-        y, mass = rows @ self.y, rows.abs() @ self.y_mass
-        error = self.error + gamma(rows.shape[2] + 8)
-        return replace(self, y=y, y_mass=mass, error=error)
+        return replace(self, outer=Enclosed(rows) @ self.outer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,25 +106,25 @@ class Reduced:
 
     Attributes:
         index, present: as in `Localized`.
-        p, y: pre-activations and outputs, (K, n, f + d) and (K, m, f + d).
-        p_mass, y_mass: the same sums in absolute values; `error` times them bounds every rounding in p and y.
+        inner, outer: pre-activations and outputs, (K, n, f + d) and (K, m, f + d), enclosed; `p` is the former's center.
         height: p at (u, x) = 0 in floating point, (K, n): a help for proposals, no proof.
         alpha, width: slopes alpha and beta - alpha, (K, n); the free neurons are those of positive width.
         layers: the activation node's position of each neuron, (n,).
-        error: relative.
     """
 
     index: Tensor
     present: Tensor
-    p: Tensor
-    p_mass: Tensor
-    y: Tensor
-    y_mass: Tensor
+    inner: Enclosed
+    outer: Enclosed
     height: Tensor
     alpha: Tensor
     width: Tensor
     layers: Tensor
-    error: float
+
+    @property
+    def p(self) -> Tensor:
+        """Pre-activations in floating point."""
+        return self.inner.center
 
     @property
     def free(self) -> Tensor:
@@ -140,21 +133,18 @@ class Reduced:
 
     def pick(self, which: Tensor) -> Reduced:
         """The chosen maps."""
-        names = ("index", "present", "p", "p_mass", "y", "y_mass", "height", "alpha", "width")
+        names = ("index", "present", "inner", "outer", "height", "alpha", "width")
         return replace(self, **{name: getattr(self, name)[which] for name in names})
 
     def maps(self, inputs: Tensor | None = None) -> Localized:
         """The free neurons' rows; columns of the chosen inputs, of all for None."""
-        index, present = self.index, self.present
-        f = index.shape[1]
-        y, y_mass = self.y, self.y_mass
-        picked = index[:, :, None].expand(-1, -1, self.p.shape[2])
-        keep = present[:, :, None].to(self.p)
-        q, q_mass = (v.gather(1, picked) * keep for v in (self.p, self.p_mass))
+        index, present, outer = self.index, self.present, self.outer
+        rows = torch.arange(len(index), device=index.device)[:, None], index
+        inner = self.inner[rows] * present[:, :, None].to(self.p)
         if inputs is not None:
-            columns = torch.cat([torch.arange(f, device=inputs.device), f + inputs])
-            q, q_mass, y, y_mass = (v[:, :, columns] for v in (q, q_mass, y, y_mass))
-        return Localized(index, present, q, q_mass, y, y_mass, self.width.gather(1, index), self.layers[index], self.error)
+            columns = torch.cat([torch.arange(index.shape[1], device=inputs.device), index.shape[1] + inputs])
+            inner, outer = inner[:, :, columns], outer[:, :, columns]
+        return Localized(index, present, inner, outer, self.width.gather(1, index), self.layers[index])
 
 
 def localized(network: Network, propagation: Propagation | None) -> Localized:
@@ -234,7 +224,8 @@ def reduced(
     # one rounding each of alpha, of beta - alpha and of their products with the block, and gamma of a sum of at most `terms`
     # entries, each in p and again in the mass: below 16 gamma_terms a layer, two of which are for Y and for the use of it.
     error = gamma(16 * (len(layers) + 2) * terms)
-    return Reduced(index, present, p, p_mass, y, y_mass, height, alpha, width, number, error)
+    inner, outer = (Enclosed(v, mass * (error * (1 + 4 * UNIT))) for v, mass in ((p, p_mass), (y, y_mass)))  # one rounding
+    return Reduced(index, present, inner, outer, height, alpha, width, number)
 
 
 def proves(maps: Localized, t: Tensor, rho: Tensor) -> Tensor:
