@@ -8,7 +8,7 @@ is known to hold zero. Blocks are the unitary transforms of the matrices of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +17,11 @@ from torch import Tensor
 from lipguard.errors import NotCertified
 from lipguard.network import Activation, Affine, Conv, Input, Network, Operator, Sum
 from lipguard.network.images import Shape, as_convolution, shapes
+from lipguard.network.walk import Walk, fold
 from lipguard.verify.enclosed import Enclosed
 from lipguard.verify.lmi.form import widened
-from lipguard.verify.torus.frequencies import Counts, finer, fold
+from lipguard.verify.torus.frequencies import Counts, finer
+from lipguard.verify.torus.frequencies import fold as folded
 from lipguard.verify.torus.transforms import Grid, exact, spectrum, transform
 
 _Value = dict[int, Enclosed]
@@ -44,8 +46,8 @@ class Variable:
     reads: Mapping[int, Enclosed]
 
 
-class TorusForm:
-    """A network on tori of given lengths.
+class TorusForm(Walk[_Value]):
+    """A network on tori of given lengths; as a walk it makes of every node its value.
 
     Attributes:
         input, output: the ends; `output` reads layers and input, as a variable of its own.
@@ -67,63 +69,44 @@ class TorusForm:
         """
         self.network, self.masked, self.sides = network, masked, sides
         self.shapes = tuple(s if s is not None and math.prod(s[1:]) > 1 else None for s in shapes(network))
-        self.images = frozenset(sides)
+        for i, side in sides.items():
+            shape = self.shapes[i]
+            if shape is None or len(side) != len(shape) - 1 or any(m < n for m, n in zip(side, shape[1:], strict=True)):
+                raise NotCertified(f"node {i}: a torus of sides {side} does not hold an image of shape {shape}.")
         last = len(network.nodes) - 1
         ends = [i for i in (0, last) if self.shapes[i] is not None]
-        if not ends or not self.images.issuperset(ends):
+        if not ends or not set(ends) <= set(sides):
             raise NotCertified("neither the input nor the output is given a torus.")
-        self.convs = self._edges()
+        self.convs = {i: self._conv(i, node.sources[0], node.map) for i in sides if (node := network.nodes[i]).map is not None}
         self.needed = self._zeros()
-        if len(ends) == 2:
-            self.forward = math.prod(sides[0]) >= math.prod(sides[last])
-        else:
-            self.forward = ends == [0]
+        self.forward = math.prod(sides[0]) >= math.prod(sides[last]) if len(ends) == 2 else ends == [0]
         self.counts = self._find_counts()
         self.widths: dict[int, Tensor] = {}
-        self._values: dict[int, _Value] = {}
         self.layers: dict[int, Variable] = {}
+        value = fold(network.nodes, self)[last]
         self.input = Variable(0, self._counts(0), self._components(0), {})
-        self._build()
-        self.output = Variable(len(network.nodes), self._counts(last), self._components(last), self._value(last))
+        self.output = Variable(len(network.nodes), self._counts(last), self._components(last), value)
 
     def _counts(self, i: int) -> Counts:
         return self.counts.get(i, ())
 
     def _components(self, i: int) -> int:
-        shape = self.shapes[i]
-        if i not in self.images or shape is None:
+        if i not in self.sides:
             return self.network.sizes[i]
-        return shape[0] * math.prod(self.sides[i]) // math.prod(self.counts[i])
+        return self._image(i)[0] * math.prod(self.sides[i]) // math.prod(self.counts[i])
 
-    def _edges(self) -> dict[int, Conv | None]:
-        """Every affine node that leads to an image; None from a vector. Lengths of the tori are checked along all of them."""
-        convs: dict[int, Conv | None] = {}
-        for i in self.images:
-            shape, side = self.shapes[i], self.sides[i]
-            if shape is None or len(side) != len(shape) - 1 or any(m < n for m, n in zip(side, shape[1:], strict=True)):
-                raise NotCertified(f"node {i}: a torus of sides {side} does not hold an image of shape {shape}.")
-            node = self.network.nodes[i]
-            match node:
-                case Affine(source=source) if self.shapes[source] is None:
-                    convs[i] = None
-                case Affine(source=source, operator=operator):
-                    before = self.shapes[source]
-                    conv = as_convolution(operator, before, shape) if source in self.images and before else None
-                    if conv is None:
-                        raise NotCertified(f"node {i} is no convolution of an image on a torus.")
-                    small, large = (source, i) if conv.transposed else (i, source)
-                    if any(a != s * b for a, b, s in zip(self.sides[large], self.sides[small], conv.stride, strict=True)):
-                        raise NotCertified(f"node {i}: the sides of its two tori do not differ by the stride.")
-                    convs[i] = conv
-                case Activation() | Sum():
-                    for s in node.sources:
-                        if s not in self.images or self.sides[s] != side or self.shapes[s] != shape:
-                            raise NotCertified(f"node {i}: images on different tori meet.")
-                case Input():
-                    pass
-                case _:
-                    raise NotCertified(f"node {i}: a {type(node).__name__.lower()} layer on a torus is not known.")
-        return convs
+    def _conv(self, i: int, source: int, operator: Operator) -> Conv | None:
+        """The convolution that an affine node is, whose tori differ by its strides; None from a vector."""
+        before = self.shapes[source]
+        if before is None:
+            return None
+        conv = as_convolution(operator, before, self._image(i)) if source in self.sides else None
+        if conv is None:
+            raise NotCertified(f"node {i} is no convolution of an image on a torus.")
+        small, large = (source, i) if conv.transposed else (i, source)
+        if any(a != s * b for a, b, s in zip(self.sides[large], self.sides[small], conv.stride, strict=True)):
+            raise NotCertified(f"node {i}: the sides of its two tori do not differ by the stride.")
+        return conv
 
     def _zeros(self) -> frozenset[int]:
         """The activations whose value must be zero outside the window.
@@ -132,7 +115,7 @@ class TorusForm:
             NotCertified: a value must be zero there that need not be.
         """
         needed: set[int] = set()
-        for i in sorted(self.images, reverse=True):
+        for i in sorted(self.sides, reverse=True):
             node, conv = self.network.nodes[i], self.convs.get(i)
             own = i in needed and i not in self.masked
             if isinstance(node, Sum) and own:
@@ -153,90 +136,86 @@ class TorusForm:
     def _find_counts(self) -> dict[int, Counts]:
         divisor: Counts | None = None
         counts = {}
-        for i in sorted(self.images, reverse=not self.forward):
+        for i in sorted(self.sides, reverse=not self.forward):
             side = self.sides[i]
             divisor = side if divisor is None else tuple(math.gcd(a, b) for a, b in zip(divisor, side, strict=True))
             counts[i] = divisor
         return counts
 
-    def _build(self) -> None:
-        """All layers, in the order of their nodes."""
-        for i, node in enumerate(self.network.nodes):
-            shape = self.shapes[i] if i in self.images else None
-            if isinstance(node, Activation):
-                alpha, beta = self._slopes(i, node)
-                value = self._value(node.source)
-                applied = value if shape is None else self._moved(value, node.source, i)
-            elif i not in self.masked:
-                continue
-            elif shape is None or isinstance(node, Input):
-                raise NotCertified(f"node {i} is masked, but no image on a torus.")
-            else:
-                alpha = torch.zeros(shape[0], dtype=torch.float64, device=self.network.device)
-                beta, applied = alpha + 1, self._linear(i)
-            # Upwards: [alpha, alpha + width] contains [alpha, beta].
-            width = torch.nextafter(beta - alpha, torch.full_like(alpha, math.inf))
-            self.widths[i] = width
-            components = self._components(i)
-            self.layers[i] = Variable(i, self._counts(i), components, applied)
-            places = components // len(alpha)
-            # w = alpha p + width u
-            self._values[i] = {i: self._all(torch.diag(width.repeat(places)), i)}
-            if bool(alpha.any()):
-                self._values[i] |= {s: known * alpha.repeat(places)[:, None] for s, known in applied.items()}
+    def input(self, i: int, node: Input) -> _Value:
+        """The first variable."""
+        if i in self.masked:
+            raise NotCertified("the input is masked, but it is no layer.")
+        return {0: self._all(Enclosed(torch.eye(self._components(0), dtype=torch.float64, device=self.network.device)), 0)}
+
+    def affine(self, i: int, node: Affine, read: _Value) -> _Value:
+        """The map's matrix times what it reads."""
+        if i in self.sides and node.source not in self.sides and self.sides.keys() & read.keys():
+            raise NotCertified(f"node {i}: an image is computed from a vector that was computed from images.")
+        return self._unless_masked(i, self._product(self._matrix(i, node.source, node.operator), node.source, i, read))
+
+    def activation(self, i: int, node: Activation, read: _Value) -> _Value:
+        """A layer."""
+        return self._layer(i, self._moved(read, node.source, i), *self._slopes(i, node))
+
+    def total(self, i: int, node: Sum, *read: _Value) -> _Value:
+        """The terms added, on one torus."""
+        found: _Value = {}
+        for source, value in zip(node.sources, read, strict=True):
+            for s, known in self._moved(value, source, i).items():
+                found[s] = found[s] + known if s in found else known
+        return self._unless_masked(i, found)
+
+    def _unless_masked(self, i: int, value: _Value) -> _Value:
+        """A mask is a layer: it keeps what is in the window, slope 1, and sets the rest to zero, slope 0."""
+        if i not in self.masked:
+            return value
+        if i not in self.sides:
+            raise NotCertified(f"node {i} is masked, but no image on a torus.")
+        zero = torch.zeros(self._image(i)[0], dtype=torch.float64, device=self.network.device)
+        return self._layer(i, value, zero, zero + 1)
+
+    def _layer(self, i: int, applied: _Value, alpha: Tensor, beta: Tensor) -> _Value:
+        """A layer of slopes in [alpha, beta] for each channel: w = alpha p + width u."""
+        # Upwards: [alpha, alpha + width] contains [alpha, beta].
+        self.widths[i] = width = torch.nextafter(beta - alpha, torch.full_like(alpha, math.inf))
+        self.layers[i] = Variable(i, self._counts(i), self._components(i), applied)
+        places = self.layers[i].components // len(alpha)
+        value = {i: self._all(Enclosed(torch.diag(width.repeat(places))), i)}
+        if bool(alpha.any()):
+            value |= {s: known * alpha.repeat(places)[:, None] for s, known in applied.items()}
+        return value
 
     def _slopes(self, i: int, node: Activation) -> tuple[Tensor, Tensor]:
         alpha, beta = (s.to(self.network.device, torch.float64).expand(self.network.sizes[i]) for s in node.function.slopes)
-        shape = self.shapes[i]
-        if i in self.images and shape is not None:
-            alpha, beta = alpha.reshape(shape[0], -1).amin(1), beta.reshape(shape[0], -1).amax(1)
+        if i in self.sides:
+            alpha, beta = (end.reshape(self._image(i)[0], -1) for end in (alpha, beta))
+            alpha, beta = alpha.amin(1), beta.amax(1)
             if i in self.needed:
                 # zero outside the window, and the function inside it
                 alpha, beta = alpha.clamp_max(0), beta.clamp_min(0)
         return widened(alpha, beta)
 
-    def _all(self, matrix: Tensor, i: int) -> Enclosed:
-        """One exact matrix at all frequencies of node i."""
-        return Enclosed(matrix.expand(math.prod(self._counts(i)), -1, -1)).shared
+    def _all(self, matrix: Enclosed, i: int) -> Enclosed:
+        """One matrix at all frequencies of node i."""
+        return Enclosed(matrix.center.expand(math.prod(self._counts(i)), -1, -1), matrix.spread)
 
-    def _value(self, i: int) -> _Value:
-        """A node's value in terms of input and layers."""
-        if i not in self._values:
-            eye = torch.eye(self._components(i), dtype=torch.float64, device=self.network.device)
-            if i == 0:
-                self._values[i] = {0: self._all(eye, 0)}
-            else:
-                self._values[i] = self._linear(i) if i in self.images else self._vector(i, Enclosed(eye))
-        return self._values[i]
-
-    def _linear(self, i: int) -> _Value:
-        """The value of an affine node or sum that is an image, before any mask."""
-
-        def through(source: int, operator: Operator, bias: Tensor | None) -> _Value:
-            del bias
-            conv = self.convs[i]
-            if conv is None:
-                parts = self._vector(source, Enclosed.of(operator.dense(), operator.rho), images=False)
-                return {s: spectrum(known.at(0).mT, self._image(i), self._torus(i)).mH for s, known in parts.items()}
+    def _matrix(self, i: int, source: int, operator: Operator) -> Enclosed:
+        """An affine node's map between components: at the frequencies of the finer side."""
+        if (conv := self.convs.get(i)) is not None:
             small, large = (source, i) if conv.transposed else (i, source)
             matrix = transform(conv, self._torus(small), self._torus(large))
-            return self._product(matrix.mH if conv.transposed else matrix, source, i, self._value(source))
-
-        def total(sources: Sequence[int]) -> _Value:
-            found: _Value = {}
-            for source in sources:
-                _add(found, self._moved(self._value(source), source, i))
-            return found
-
-        try:
-            node = self.network.nodes[i]
-            return node.linear(node.sources, through, total)
-        except TypeError as error:
-            raise NotCertified(f"node {i} is an image that no layer computes.") from error
+            return matrix.mH if conv.transposed else matrix
+        rows = Enclosed.of(operator.dense(), operator.rho)
+        if i in self.sides:
+            return spectrum(rows.mT, self._image(i), self._torus(i)).mH
+        return spectrum(rows, self._image(source), self._torus(source)) if source in self.sides else self._all(rows, i)
 
     def _moved(self, value: _Value, source: int, i: int) -> _Value:
         """The same value by the components of another node on the same torus."""
-        if source not in self.images or self.counts[source] == self.counts[i]:
+        if self.sides.get(source) != self.sides.get(i) or self.shapes[source] != self.shapes[i]:
+            raise NotCertified(f"node {i}: images on different tori meet.")
+        if self._counts(source) == self._counts(i):
             return value
         shape = self._image(i)
         one, zero = (1,) * len(shape[1:]), (0,) * len(shape[1:])
@@ -251,29 +230,9 @@ class TorusForm:
         for s, known in value.items():
             second = finer(self._counts(middle), self._counts(s))
             finest = finer(first, second)
-            left, right = (m.at(fold(finest, own, self.network.device)) for m, own in ((matrix, first), (known, second)))
-            result[s] = left @ right.to(left.center.dtype)
-        return result
-
-    def _vector(self, i: int, rows: Enclosed, images: bool = True) -> _Value:
-        """rows times the value of node i, a vector: the layers in front of it are followed back through linear maps."""
-        waiting: _Value = {i: Enclosed(rows.center[None], rows.spread)}
-        result: _Value = {}
-        for j in range(i, -1, -1):
-            if j not in waiting:
-                continue
-            node, known = self.network.nodes[j], waiting.pop(j)
-            if isinstance(node, Affine):
-                _add(waiting, {node.source: known.through(node.operator.transpose())})
-            elif isinstance(node, Sum):
-                for source in node.sources:
-                    _add(waiting, {source: known})
-            elif j not in self.images:
-                _add(result, {s: known.to(part.center.dtype) @ part for s, part in self._value(j).items()})
-            elif images:
-                _add(result, self._product(spectrum(known.at(0), self._image(j), self._torus(j)), j, i, self._value(j)))
-            else:
-                raise NotCertified(f"node {i}: an image is computed from a vector that was computed from images.")
+            left, right = (m.at(folded(finest, own, self.network.device)) for m, own in ((matrix, first), (known, second)))
+            kind = torch.promote_types(left.center.dtype, right.center.dtype)
+            result[s] = left.to(kind) @ right.to(kind)
         return result
 
     def _torus(self, i: int) -> Grid:
@@ -283,8 +242,3 @@ class TorusForm:
         shape = self.shapes[i]
         assert shape is not None
         return shape
-
-
-def _add(total: _Value, more: _Value) -> None:
-    for s, known in more.items():
-        total[s] = total[s] + known if s in total else known
