@@ -13,7 +13,7 @@ from lipguard.errors import NotCertified
 from lipguard.network import Network
 from lipguard.rounding import sqrt_up, up
 from lipguard.verify.domain.jacobians import jacobian_bounds
-from lipguard.verify.domain.localized import Localized, chunk_size, localized, proves
+from lipguard.verify.domain.localized import Localized, chunk_size, localize, proves
 from lipguard.verify.domain.ranges import Regions, propagate
 from lipguard.verify.rewriting import neurons_only
 
@@ -42,7 +42,7 @@ def check_local_multipliers(
     rho = torch.tensor([item.rho for item in evidence], dtype=torch.float64, device=network.device)
 
     def check(chunk: slice) -> list[float]:
-        maps = localized(network, propagate(network, Regions.of(domains[chunk], network.inputs, network.device)))
+        maps = localize(network, domains[chunk])
         return least_bounds(maps, t[chunk].gather(1, maps.index), rho[chunk])
 
     return _chunks(network, len(domains), check)

@@ -8,7 +8,6 @@ regions of fixed phases are all of this form; they differ in where the slopes ar
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -153,7 +152,7 @@ def localized(network: Network, propagation: Propagation | None) -> Localized:
         alpha, beta = (s[None] for s in network.slopes())
     else:
         alpha, beta = propagation.slopes()
-    return reduced(feedback_form(network), [network.sizes[i] for i in network.activations], alpha, beta).maps()
+    return reduced(feedback_form(network), alpha, beta).maps()
 
 
 def localize(network: Network, domains: Sequence[Domain]) -> Localized:
@@ -168,14 +167,11 @@ def chunk_size(network: Network) -> int:
     return max(1, min(256, ENTRIES // entries))
 
 
-def reduced(
-    form: Form, sizes: Sequence[int], alpha: Tensor, beta: Tensor, bias: Tensor | None = None, offset: Tensor | None = None
-) -> Reduced:
+def reduced(form: Form, alpha: Tensor, beta: Tensor, bias: Tensor | None = None, offset: Tensor | None = None) -> Reduced:
     """Substitute the neurons whose slopes are known.
 
     Args:
         form: p = Q (w, x) + bias, y = Y (w, x).
-        sizes: neurons of each activation node.
         alpha, beta: slopes, (K, n).
         bias, offset: (n,), and of neurons that vanish what they add to alpha p, (K, n); for the heights.
     """
@@ -190,7 +186,7 @@ def reduced(
     index = free.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :f]
     present = free.gather(1, index)
     scale = (width.gather(1, index) * present)[:, None]
-    layers = [slice(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
+    layers = form.layers
     p, p_mass = (alpha.new_zeros(count, n, f + form.inputs) for _ in range(2))
     height = torch.zeros_like(alpha)
 
@@ -219,7 +215,7 @@ def reduced(
         if bias is not None:
             height[:, here] += bias[here]
     y, y_mass, _ = rows(form.y, len(layers))
-    number = torch.cat([index.new_zeros(0), *(index.new_full((size,), k) for k, size in enumerate(sizes))])
+    number = torch.cat([index.new_zeros(0), *(index.new_full((here.stop - here.start,), k) for k, here in enumerate(layers))])
     # An entry of p is a sum of products along paths. A layer adds to their relative error: the radius of its block (`single`),
     # one rounding each of alpha, of beta - alpha and of their products with the block, and gamma of a sum of at most `terms`
     # entries, each in p and again in the mass: below 16 gamma_terms a layer, two of which are for Y and for the use of it.

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lipguard.network import Network, Operator
+from lipguard.network.walk import combinations
 from lipguard.verify.enclosed import Enclosed
 from lipguard.verify.lmi.composed import Composed
 
@@ -86,61 +87,44 @@ def widened(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(thin, alpha - _THINNEST / 2, alpha), torch.where(thin, beta + _THINNEST / 2, beta)
 
 
-_Matrix = Enclosed | Composed
-_Combination = dict[int, _Matrix | None]
-"""A value by source, x (-1) or an activation's outputs (0, 1, ...), as the transposed matrix; None for the identity."""
+def places(network: Network) -> tuple[slice, ...]:
+    """The neurons of each activation node."""
+    sizes = [network.sizes[i] for i in network.activations]
+    return tuple(slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True))
+
+
+_Coefficient = Enclosed | Composed | int
+"""A value's coefficient of a variable, as the transposed matrix; an identity by its size."""
 
 
 def feedback_form(network: Network, precise: bool = False) -> Form:
     """The feedback form of the network's nodes, every product enclosed.
 
-    A value is a linear combination of the input (-1) and of activations' outputs (0, 1, ...); None stands for the
-    identity. Affine nodes directly behind an input or an activation are as exact as they are; compositions round. Coupled nodes
-    stand for tied neurons: the network is one that `rewriting` made.
+    A value is a linear combination of the input and of activations' outputs. Affine nodes directly behind these are as exact
+    as they are; compositions round. Coupled nodes stand for tied neurons: the network is one that `rewriting` made.
 
     Args:
         network: without coupled nodes but those.
         precise: compose in twice the working precision: for networks whose linear paths go through many layers.
     """
     kind = Composed if precise else Enclosed
-    position = {node: k for k, node in enumerate(network.activations)}
-    size = {-1: network.inputs} | {k: network.sizes[i] for i, k in position.items()}
-    offset, n = {}, 0
-    for k in range(len(position)):
-        offset[k], n = n, n + size[k]
-    offset[-1] = n
+    n, layers = network.neurons, places(network)
+    place = dict(zip(network.activations, layers, strict=True)) | {0: slice(n, n + network.inputs)}
 
-    def explicit(matrix: _Matrix | None, source: int) -> _Matrix:
-        return kind.of(torch.eye(size[source], dtype=torch.float64, device=network.device)) if matrix is None else matrix
+    def explicit(e: _Coefficient) -> Enclosed | Composed:
+        return kind.of(torch.eye(e, dtype=torch.float64, device=network.device)) if isinstance(e, int) else e
 
-    def through(value: _Combination, operator: Operator, bias: Tensor | None) -> _Combination:
-        del bias
-        return {s: kind.of(operator.dense().T, operator.rho) if e is None else e.through(operator) for s, e in value.items()}
+    def through(operator: Operator, e: _Coefficient) -> _Coefficient:
+        return kind.of(operator.dense().T, operator.rho) if isinstance(e, int) else e.through(operator)
 
-    def total(parts: Sequence[_Combination]) -> _Combination:
-        """Where only one part has a source, its block is taken over unchanged."""
-        found: _Combination = {}
-        for s in {s: None for part in parts for s in part}:
-            terms = [part[s] for part in parts if s in part]
-            found[s] = terms[0] if len(terms) == 1 else kind.sum([explicit(e, s) for e in terms])  # type: ignore[arg-type]
-        return found
+    def plus(a: _Coefficient, b: _Coefficient) -> _Coefficient:
+        return kind.sum([explicit(a), explicit(b)])  # type: ignore[list-item]
 
-    combos: list[_Combination] = [{-1: None}]
-    for i, node in enumerate(network.nodes[1:], 1):
-        neurons: _Combination = {position[i]: None} if i in position else {}
-        combos.append(neurons or node.linear([combos[s] for s in node.sources], through, total))
-
-    def place(start: int, combo: _Combination) -> Iterator[Block]:
-        for s, e in combo.items():
-            matrix = explicit(e, s).rounded().mT
-            yield Block(slice(start, start + len(matrix.center)), slice(offset[s], offset[s] + size[s]), matrix)
-
-    layers = tuple(slice(offset[k], offset[k] + size[k]) for k in position.values())
-    blocks = [*place(n, combos[-1])]
-    for i, here in zip(position, layers, strict=True):
-        node = network.nodes[i]
-        blocks += place(here.start, combos[node.sources[0]])
-        if node.loop is not None:
-            blocks.append(Block(here, here, Enclosed(node.loop.dense())))
+    values = combinations(network.nodes, network.sizes.__getitem__, through, plus)
+    reads = [(here, values[network.nodes[i].sources[0]]) for i, here in place.items() if i]
+    reads.append((slice(n, n + network.outputs), values[-1]))
+    blocks = [Block(here, place[s], explicit(e).rounded().mT) for here, value in reads for s, e in value.items()]
+    loops = [(place[i], loop) for i in network.activations if (loop := network.nodes[i].loop) is not None]
+    blocks += [Block(here, here, Enclosed.of(loop.dense(), loop.rho)) for here, loop in loops]
     present = tuple(block for block in blocks if not block.matrix.zero)
     return Form(present, layers, n, network.inputs, network.outputs, *widened(*network.slopes()))

@@ -9,7 +9,6 @@ and on every domain around 0.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -26,7 +25,7 @@ from lipguard.network.activations import PiecewiseLinear
 from lipguard.network.operators.base import LARGEST_RADIUS
 from lipguard.verify.domain.ranges import Regions
 from lipguard.verify.enclosed import Enclosed
-from lipguard.verify.lmi.form import Form, feedback_form
+from lipguard.verify.lmi.form import Form, feedback_form, places
 from lipguard.verify.rewriting import neurons_only
 
 _DIRECTIONS = 32
@@ -41,7 +40,6 @@ class PhaseForm:
         network: of neurons alone, on the CPU; where directions need it with a further input, that the biases multiply.
         form: pre-activations p = Q (w, x) + bias and outputs Y (w, x), without their constant, enclosed.
         bias: (n,), enclosed.
-        layers: neurons of each activation node.
         functions: of each activation node.
         breaks: (K - 1, n), pieces beyond a neuron's last repeat it behind an infinite break.
         pieces, heights: slope and offset of each piece, (K, n): phi(p) = slope p + height, the height in floating point.
@@ -57,7 +55,6 @@ class PhaseForm:
     network: Network
     form: Form
     enclosed_bias: Enclosed
-    layers: tuple[slice, ...]
     functions: tuple[PiecewiseLinear, ...]
     breaks: Tensor
     pieces: Tensor
@@ -70,6 +67,11 @@ class PhaseForm:
     ball_norm: float
     tangent: Tensor
     directions: bool
+
+    @property
+    def layers(self) -> tuple[slice, ...]:
+        """Neurons of each activation node."""
+        return self.form.layers
 
     @property
     def neurons(self) -> int:
@@ -139,7 +141,7 @@ def phase_form(network: Network, domain: Domain | None) -> PhaseForm:
     network = _on_cpu(neurons_only(network))
     d = network.inputs
     functions = tuple(_function(network, i) for i in network.activations)
-    layers, breaks, pieces, heights, values = _tables(functions, [network.sizes[i] for i in network.activations])
+    breaks, pieces, heights, values = _tables(functions, places(network))
     bias = _offsets(network)
     conic = not bool(((breaks != 0) & breaks.isfinite()).any()) and not bool(heights.any())
     homogeneous = conic and not bool(bias.magnitude().any())
@@ -162,7 +164,7 @@ def phase_form(network: Network, domain: Domain | None) -> PhaseForm:
         if isinstance(domain, Ball):
             center, radius, ball_norm = domain.checked_center(d), float(domain.radius), float(domain.norm)
     return PhaseForm(
-        network, feedback_form(network, precise), bias, layers, functions, breaks, pieces, heights, values, lower, upper,
+        network, feedback_form(network, precise), bias, functions, breaks, pieces, heights, values, lower, upper,
         center, radius, ball_norm, tangent, directions,
     )  # fmt: skip
 
@@ -175,15 +177,12 @@ def _function(network: Network, i: int) -> PiecewiseLinear:
     return node.function
 
 
-def _tables(
-    functions: Sequence[PiecewiseLinear], sizes: Sequence[int]
-) -> tuple[tuple[slice, ...], Tensor, Tensor, Tensor, Tensor]:
-    """Places of the layers; breaks, slopes and heights of the pieces of every neuron, and phi at its first break."""
-    n, count = sum(sizes), max((len(f.pieces) for f in functions), default=1)
+def _tables(functions: Sequence[PiecewiseLinear], layers: Sequence[slice]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Breaks, slopes and heights of the pieces of every neuron, and phi at its first break."""
+    n, count = max((here.stop for here in layers), default=0), max((len(f.pieces) for f in functions), default=1)
     breaks = torch.full((count - 1, n), math.inf, dtype=torch.float64)
     pieces, heights = torch.zeros(count, n, dtype=torch.float64), torch.zeros(count, n, dtype=torch.float64)
     values = torch.zeros(n, dtype=torch.float64)
-    layers = tuple(slice(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True))
     for function, here in zip(functions, layers, strict=True):
         k, size = len(function.pieces), here.stop - here.start
         breaks[: k - 1, here] = function.breaks.reshape(k - 1, -1).expand(-1, size)
@@ -195,7 +194,7 @@ def _tables(
             at = breaks[j - 1, here]
             step = torch.where(at.isfinite(), (pieces[j - 1, here] - pieces[j, here]) * at, torch.zeros_like(at))
             heights[j, here] = heights[j - 1, here] + step
-    return layers, breaks, pieces, heights, values
+    return breaks, pieces, heights, values
 
 
 def _facets(d: int) -> tuple[Tensor, Tensor]:

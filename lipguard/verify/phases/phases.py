@@ -166,7 +166,7 @@ def reduce(form: PhaseForm, implied: Implied) -> Reduced:
     """The maps of the neurons that are still free; a neuron of a known phase has its piece's slope."""
     alpha, beta = slope_ends(form, implied)
     offset = torch.where(implied.phases >= 0, pick(form.heights, implied.phases.clamp_min(0)), torch.zeros_like(alpha))
-    return reduced(form.form, [here.stop - here.start for here in form.layers], alpha, beta, form.bias, offset)
+    return reduced(form.form, alpha, beta, form.bias, offset)
 
 
 def _contract(form: PhaseForm, phases: Tensor, here: slice, x_lower: Tensor, x_upper: Tensor, empty: Tensor) -> None:
