@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any, TypeVar
 
 from lipguard.certificate import (
     Certificate,
@@ -46,6 +46,7 @@ from lipguard.verify.torus.channel import check_channels
 __all__ = ["EVERYWHERE", "ON_DOMAIN", "ON_DOMAINS", "verify", "verify_local", "verify_radii", "verify_radius"]
 
 _Norm = tuple[float, float]
+C = TypeVar("C", Certificate, Enclosure, RadiusCertificate)
 
 EVERYWHERE: dict[type[Any], Callable[[Network, Any, _Norm], float]] = {
     Factors: check_factors,
@@ -70,15 +71,7 @@ ON_DOMAINS: dict[type[Any], Callable[[Network, Sequence[Any], Sequence[Domain], 
 """Evidence that is checked on many domains at a time: check(network, evidence, domains, norm), nan where nothing is proved."""
 
 
-@overload
-def verify(network: Network, certificate: Certificate) -> Certificate: ...
-@overload
-def verify(network: Network, certificate: Enclosure) -> Enclosure: ...
-@overload
-def verify(network: Network, certificate: RadiusCertificate) -> RadiusCertificate: ...
-def verify(
-    network: Network, certificate: Certificate | Enclosure | RadiusCertificate
-) -> Certificate | Enclosure | RadiusCertificate:
+def verify(network: Network, certificate: C) -> C:
     """Prove the bound that the certificate's evidence supports for this network.
 
     The value is computed anew from the evidence, rounded outward; the certificate's own value is not trusted. It may

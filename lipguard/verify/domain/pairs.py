@@ -12,10 +12,10 @@ from torch import Tensor
 from lipguard.certificate import Factors, LocalMultipliers, Multipliers, PairBound
 from lipguard.errors import NotCertified
 from lipguard.network import Network
-from lipguard.rounding import UNIT, norm_up, sqrt_up
+from lipguard.rounding import norm_up, sqrt_up
 from lipguard.verify.domain.local import least_bounds
 from lipguard.verify.domain.localized import Localized, localized
-from lipguard.verify.enclosed import relative_error
+from lipguard.verify.enclosed import Enclosed
 from lipguard.verify.lmi.multipliers import check_multipliers
 from lipguard.verify.norms.factors import check_factors
 from lipguard.verify.norms.matrix_norm import times
@@ -81,10 +81,7 @@ def _behind(network: Network, pair: tuple[int, int]) -> tuple[Network, float]:
     size = row.abs()
     if last.map is not None:
         network = Network(network.nodes[: last.sources[0] + 1])
-        # A sum of at most m terms an entry, in whatever order.
-        error = relative_error(last.map, last.map.shape[0] + 8) * last.map.abs().transpose()(size)
-        row = last.map.transpose()(row)
-        size = (row.abs() + error) * (1 + 4 * UNIT)
+        size = Enclosed(row).through(last.map.transpose()).magnitude()
     return network, norm_up(size.flatten(), 2)
 
 

@@ -55,8 +55,9 @@ class _Square:
             for here, size, _ in parts:
                 out[..., here] = relative * size * mass
             return out
-        mass = sum(_times(size.mT, v[..., here]) for here, size, _ in parts)
-        off = relative * mass + sum(_times(r.mT, v[..., here]) for here, _, r in parts if r is not None)
+        none = v.new_zeros(())
+        mass = sum((_times(size.mT, v[..., here]) for here, size, _ in parts), none)
+        off = relative * mass + sum((_times(r.mT, v[..., here]) for here, _, r in parts if r is not None), none)
         if self.weights is not None:
             mass, off = self.weights.abs() * mass, self.weights.abs() * off
         for here, size, r in parts:

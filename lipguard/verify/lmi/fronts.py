@@ -13,8 +13,6 @@ the proof (Rump 2006), about n^2 u relative to the pivot.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -56,10 +54,9 @@ def front(pivot: Enclosed, cross: Enclosed) -> Tensor:
     p, x = pivot.center, cross.center
     n, m = x.shape[-2:]
     if m == 0:
-        empty = x.new_zeros(len(p), 0, 0)
-        if not bool(_proves(pivot, cross, empty).all()):
+        if not bool(definite(pivot).all()):
             raise NotCertified("the pivot of a front is not provably positive definite.")
-        return empty
+        return x.new_zeros(len(p), 0, 0)
     s = _roots(p.diagonal(dim1=-2, dim2=-1).real)
     scaled, columns = p * s[:, :, None] * s[:, None, :], s[:, :, None] * x
     # What the test of the whole front gives away: after scaling its diagonal is below 2.
@@ -85,7 +82,8 @@ def front(pivot: Enclosed, cross: Enclosed) -> Tensor:
         u = hermitian(Enclosed(u)).center
         candidates = formed & ~proved & u.isfinite().all(-1).all(-1)
         chosen = candidates.nonzero()[:, 0]
-        chosen = chosen[_proves(pivot.at(chosen), cross.at(chosen), u[chosen])]
+        if len(chosen):
+            chosen = chosen[_proves(pivot.at(chosen), cross.at(chosen), u[chosen])]
         result[chosen] = u[chosen]
         proved[chosen] = True
         if bool(proved.all()):
@@ -106,33 +104,23 @@ def _schur(pivot: Tensor, cross: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]
 
 def _proves(pivot: Enclosed, cross: Enclosed, u: Tensor) -> Tensor:
     """Whether each front is positive semidefinite throughout the radii, (F,) of bool."""
-    n = pivot.center.shape[-1]
-    matrix = torch.cat([torch.cat([pivot.center, cross.center], -1), torch.cat([cross.center.mH, u], -1)], -2)
+    upper, lower = Enclosed.cat([pivot, cross], -1), Enclosed.cat([cross.mH, Enclosed(u)], -1)
+    return definite(Enclosed.cat([upper, lower], -2))
+
+
+def definite(matrix: Enclosed) -> Tensor:
+    """Whether the Hermitian matrices (F, n, n), real or complex, are proved positive semidefinite throughout their radii."""
+    center, spread, n = matrix.center, matrix.radius, matrix.center.shape[-1]
+    parts = 2 if center.is_complex() else 1
+
+    if spread is None:
+        return prove_positive_definite(real(center) if parts == 2 else center)
 
     def radius(v: Tensor) -> Tensor:
-        out = torch.zeros_like(v)
-        if pivot.radius is not None:
-            out[:, :n] += _times(pivot.radius, v[:, :n])
-        if cross.radius is not None:
-            out[:, :n] += _times(cross.radius, v[:, n:])
-            out[:, n:] += _times(cross.radius.mT, v[:, :n])
-        return out * (1 + 4 * UNIT)
+        # Real and imaginary parts of an entry are each within its radius: [[R, R], [R, R]].
+        return (_times(spread, v.unflatten(-1, (parts, n)).sum(-2)) * (1 + 8 * UNIT)).repeat(1, parts)
 
-    return _definite(matrix, radius)
-
-
-def _definite(matrix: Tensor, radius: Callable[[Tensor], Tensor]) -> Tensor:
-    """Whether the matrices (F, n, n), real or complex, are proved positive semidefinite throughout R, given as v -> R v."""
-    if not matrix.is_complex():
-        return prove_positive_definite(matrix, radius)
-    n = matrix.shape[-1]
-
-    def of_both(v: Tensor) -> Tensor:
-        """Real and imaginary parts of an entry are each within its radius: [[R, R], [R, R]]."""
-        out = radius(v[:, :n] + v[:, n:]) * (1 + 2 * UNIT)
-        return torch.cat([out, out], -1)
-
-    return prove_positive_definite(real(matrix), of_both)
+    return prove_positive_definite(real(center) if parts == 2 else center, radius)
 
 
 def largest_eigenvalue(matrix: Enclosed, pivot: Enclosed | None = None) -> float:
@@ -157,28 +145,13 @@ def largest_eigenvalue(matrix: Enclosed, pivot: Enclosed | None = None) -> float
     value = max(float(torch.linalg.eigvalsh(congruent).max()), TINY * 2.0**60) if n else TINY
     spread = 0.0 if matrix.radius is None or not n else float(matrix.radius.sum(-1).max()) / value
     inflation = 16 * max(n, 1) ** 2 * UNIT + (2 * spread if pivot is None else 0.0)
+    start = Enclosed(p) if pivot is None else pivot
     for _ in range(_TRIES):
         rho = up(value * (1 + inflation))
-        if _reaches(matrix, p, None if pivot is None else pivot.radius, rho):
+        if bool(definite(start * p.new_tensor(rho) - matrix).all()):
             return rho
         inflation *= _GROWTH
     raise NotCertified("the last front is not provably positive semidefinite at any rho.")
-
-
-def _reaches(matrix: Enclosed, pivot: Tensor, pivot_radius: Tensor | None, rho: float) -> bool:
-    scaled = rho * pivot
-    # The product and the difference each round once.
-    rounded = 3 * UNIT * (scaled.abs() + matrix.center.abs()) + TINY
-
-    def radius(v: Tensor) -> Tensor:
-        total = _times(rounded, v)
-        if matrix.radius is not None:
-            total = total + _times(matrix.radius, v)
-        if pivot_radius is not None:
-            total = total + rho * _times(pivot_radius, v)
-        return total * (1 + 8 * UNIT)
-
-    return bool(_definite(scaled - matrix.center, radius).all())
 
 
 def _roots(diagonal: Tensor) -> Tensor:

@@ -5,15 +5,13 @@ With q_j the rows of Q = [B A] (pre-activations in terms of neurons w and inputs
     Z(rho, t) = rho E_x + sum_j t_j [(e_j - alpha_j q_j)(e_j - beta_j q_j)' + transpose] - [C D]'[C D].
 
 If Z >= 0 then ||f(x) - f(y)||_2 <= sqrt(rho) ||x - y||_2 (Fazlyab et al. 2019, arXiv:1906.04893, Theorem 2).
-Where all alpha are 0 and D is 0, the input block is rho I and is eliminated exactly:
-
-    R(rho, t) = 2T - TB - B'T - C'C - (TA)(TA)' / rho >= 0.
 
 Implicit layers fill diagonal blocks of B. What is proved is Z > 0 strictly (Rump's shift exceeds its error bound), and that
 makes every implicit layer well posed, from the last to the first: let all later layers have unique responses, and suppose
 w_k = D W w_k != 0 for slopes D. With x = 0, earlier neurons at 0 and later ones responding by any slopes of theirs, every
 (w - alpha p)(beta p - w) is >= 0, so that (w, x)'Z(w, x) <= -||y||^2 <= 0: a contradiction. So I - D W is invertible for
-all slopes D, and z exists and is unique (`lipguard.network.implicit`). Where R > 0, Z > 0 as well, for rho > 0.
+all slopes D, and z exists and is unique (`lipguard.network.implicit`). Where a Schur
+complement (`batched`) is positive definite, Z is as well, for rho > 0.
 """
 
 from __future__ import annotations

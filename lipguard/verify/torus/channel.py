@@ -57,7 +57,7 @@ def check_channels(network: Network, evidence: ChannelMultipliers, norm: tuple[f
 
 def _inequality(form: TorusForm, t: dict[int, Tensor]) -> Elimination:
     """The inequality's blocks in the order of elimination: from the end on the finer torus, vectors before the other end."""
-    variables = [form.input, *form.layers.values(), form.output]
+    variables = [form.ends[0], *form.layers.values(), form.ends[1]]
     first, *middle, last = variables if form.forward else variables[::-1]
     order: list[Variable] = [first, *sorted(middle, key=lambda v: not v.counts), last]
     place = {v.node: k for k, v in enumerate(order)}

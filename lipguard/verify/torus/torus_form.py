@@ -50,7 +50,7 @@ class TorusForm(Walk[_Value]):
     """A network on tori of given lengths; as a walk it makes of every node its value.
 
     Attributes:
-        input, output: the ends; `output` reads layers and input, as a variable of its own.
+        ends: input and output; the latter reads layers and input, as a variable of its own.
         layers: by node, in topological order, with slopes [0, 1].
         widths: by node of a layer, beta - alpha of each channel.
         forward: whether blocks become fewer from the input to the output, or backwards.
@@ -84,8 +84,8 @@ class TorusForm(Walk[_Value]):
         self.widths: dict[int, Tensor] = {}
         self.layers: dict[int, Variable] = {}
         value = fold(network.nodes, self)[last]
-        self.input = Variable(0, self._counts(0), self._components(0), {})
-        self.output = Variable(len(network.nodes), self._counts(last), self._components(last), value)
+        first = Variable(0, self._counts(0), self._components(0), {})
+        self.ends = first, Variable(len(network.nodes), self._counts(last), self._components(last), value)
 
     def _counts(self, i: int) -> Counts:
         return self.counts.get(i, ())
