@@ -82,7 +82,8 @@ class _Rounding(Walk[tuple[Tensor, Tensor]]):
         value = node.value(x)
         steepest = torch.maximum(*(end.abs() for end in node.slopes))
         own = value.abs() + steepest * x.abs().clamp(min=1)
-        return value, (steepest * variance.sqrt() + (_ULPS * self.units * own + _SWITCH)).square_()
+        own = _ULPS * self.units * own + node.function.rounding(x) + _SWITCH  # the module's rounding, and that of the value here
+        return value, (steepest * variance.sqrt() + own).square_()
 
     def total(self, i: int, node: Sum, *read: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         value = node.value(*(x for x, _ in read))
