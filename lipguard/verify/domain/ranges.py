@@ -205,19 +205,14 @@ class Propagation:
 
     def slopes(self) -> tuple[Tensor, Tensor]:
         """Smallest and largest slope of every neuron on each domain, (K, n), in the order of the activation nodes."""
-        count = len(self.regions.lower)
-        empty = torch.zeros(count, 0, dtype=torch.float64, device=self.regions.lower.device)
-        alphas, betas = [empty], [empty]
+        ends = [(self.lower[0][:, :0],) * 2]
         for i in self.network.activations:
             node = self.network.nodes[i]
-            function, (source,) = node.elementwise, node.sources
-            if function is None:
+            if node.elementwise is None:
                 raise NotCertified(f"the slopes of {node.name or f'node {i}'} on a domain are not known.")
-            low, high = function.slope_range(self.lower[source], self.upper[source])
-            alpha, beta = (s.to(low) for s in function.slopes)
-            alphas.append(torch.maximum(low, alpha).expand(count, -1))
-            betas.append(torch.minimum(high, beta).expand(count, -1))
-        return torch.cat(alphas, 1), torch.cat(betas, 1)
+            ends.append(node.elementwise.slope_range(self.lower[node.sources[0]], self.upper[node.sources[0]]))
+        (alpha, beta), (low, high) = self.network.slopes(), (torch.cat(side, 1) for side in zip(*ends, strict=True))
+        return torch.maximum(low, alpha), torch.minimum(high, beta)
 
 
 class Assumed:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lipguard.network import Network, Node
-from lipguard.rounding import gamma, sqrt_up, up
+from lipguard.rounding import gamma, norm_up, sqrt_up, up
 from lipguard.verify.norms.matrix_norm import times
 
 
@@ -113,12 +113,7 @@ def _norm(bounds: Sequence[float], p: float) -> float:
     present = [b for b in bounds if b]
     if len(present) < 2 or p == math.inf:
         return max(present, default=0.0)
-    exponent = math.frexp(max(present))[1] if math.isfinite(max(present)) else 0
-    total = 0.0
-    for b in present:
-        scaled = math.ldexp(b, -exponent)
-        total = up(total + (up(scaled * scaled) if p == 2 else scaled)) if total else (up(scaled * scaled) if p == 2 else scaled)
-    return math.ldexp(sqrt_up(total) if p == 2 else total, exponent)
+    return norm_up(torch.tensor(present, dtype=torch.float64), p)
 
 
 def _written(node: Node, source: Tensor | None) -> Tensor | None:
