@@ -15,10 +15,11 @@ from torch import nn
 
 import lipguard as lg
 from lipguard.bounds.spectral import Spectral
-from lipguard.certificate import Query
+from lipguard.certificate import PairBound, Query
 from lipguard.errors import NotCertified
 from lipguard.network import Activation, Affine, Conv, Dense, Diagonal, Implicit, Index, Input, Network
 from lipguard.network.activations import relu
+from lipguard.verify.domain.pairs import check_pairs
 from lipguard.verify.domain.ranges import Regions, propagate
 from lipguard.verify.enclosed import Enclosed, relative_error
 from lipguard.verify.lmi.composed import Composed
@@ -122,25 +123,35 @@ def test_a_bound_holds_for_the_steepest_and_the_flattest_member(name, query):
 @pytest.mark.parametrize("norm", [(2, 2), (1, math.inf)])
 @pytest.mark.parametrize("domain", [None, lg.Box(-1.0, 1.0)])
 def test_leaves_hold_for_the_steepest_member(domain, norm):
-    """Of a last layer's weights times 1 + rho the constant is 1 + rho times as large; the first layer has its biases' radii."""
+    """Of weights times 1 + rho the constant is 1 + rho times as large; of the first layer's on all of R^d alone."""
     torch.manual_seed(1)
     rho, module = 1e-8, nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)).double()
     network = lg.capture(module, torch.zeros(1, 3, dtype=torch.float64))
     first, last = network.nodes[1], network.nodes[3]
-    first = dataclasses.replace(first, bias_radius=1e-12 * torch.ones(5, dtype=torch.float64))
+    around = 1e-12 * torch.ones(5, dtype=torch.float64)
+    first = dataclasses.replace(first, operator=Dense(first.operator.dense(), rho), bias_radius=around)
     last = dataclasses.replace(last, operator=Dense(last.operator.dense(), rho))
-    wide = Network((network.nodes[0], first, network.nodes[2], last))
+    wide, layers = Network((network.nodes[0], first, network.nodes[2], last)), 1 if domain else 2
     found, held = (lg.exact(n, domain=domain, norm=norm, method="branch-and-bound", time_limit=20) for n in (wide, network))
-    assert found.rigor == "verified" and found.status == held.status == "closed"
-    assert held.lower * (1 + rho) * (1 - 1e-11) <= found.upper <= held.lower * (1 + 1e-5)
-    assert found.lower <= held.upper * (1 - rho) * (1 + 1e-9)
+    assert found.rigor == "verified" and held.status == "closed"
+    assert held.lower * (1 + layers * rho) * (1 - 1e-11) <= found.upper <= held.lower * (1 + 1e-5)
+    assert found.lower <= held.upper * (1 - layers * rho) * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("make", [Dense, lambda w, rho: Conv(w[:, :, None], (4,), (4,), (1,), (0,), (1,), rho=rho)])
+MAKERS = {
+    "dense": Dense,
+    "convolution": lambda w, rho: Conv(w[:, :, None], (4,), (4,), (1,), (0,), (1,), rho=rho),
+    "diagonal": lambda w, rho: Diagonal(w[0], 5, rho),
+}
+
+
+@pytest.mark.parametrize("powers", [False, True])
+@pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_enclosures_hold_every_member(make, sign):
+def test_enclosures_hold_every_member(make, sign, powers):
     torch.manual_seed(1)
     w, rho = torch.randn(3, 5, dtype=torch.float64), 1e-3
+    w = torch.ldexp(w.sign(), w.frexp().exponent) if powers else w
     operator, other = make(w, rho), make(w * (1 + sign * rho * torch.rand_like(w)), 0.0)
     x = torch.randn(2, operator.shape[1], dtype=torch.float64)
     inward = Enclosed(x, 1e-3 * torch.rand_like(x))
@@ -162,6 +173,66 @@ def test_blocks_on_a_torus_hold_every_member():
     conv, other = (Conv(weight, (8,), (8,), (1,), (1,), (1,), rho=r) for weight, r in ((w, rho), (w * (1 + rho), 0.0)))
     block, true = transform(conv, torus, torus), transform(other, torus, torus)
     assert bool(((block.center - true.center).abs() <= block.spread + true.spread).all())
+
+
+LONE = {
+    "multipliers": {"method": "lipsdp-neuron"},
+    "channels": {"method": "lipsdp-channel"},
+    "slopes": {"method": "spectral", "domain": lg.Box(0.0, 1.0)},
+}
+
+
+@pytest.mark.parametrize("query", LONE)
+def test_the_same_evidence_proves_no_less_than_for_a_member(query):
+    """One layer at a time: what is proved for a radius is proved for the steepest member by the same evidence."""
+    torch.manual_seed(0)
+    if query == "channels":
+        module: nn.Module = nn.Sequential(
+            nn.Linear(2, 16, bias=False), nn.Unflatten(1, (1, 16)), nn.Conv1d(1, 2, 3, padding=1, bias=False), nn.ReLU(),
+            nn.Conv1d(2, 1, 3, padding=1, bias=False), nn.ReLU(), nn.Conv1d(1, 1, 3, padding=1, bias=False),
+        )  # fmt: skip
+    else:
+        module = nn.Sequential(nn.Linear(2, 4, bias=False), nn.ReLU(), nn.Linear(4, 3, bias=False))
+    network = lg.capture(module.double(), torch.zeros(1, 2, dtype=torch.float64))
+    certificate = lg.bound(network, **LONE[query])
+    rho, seen = 1e-7, 0
+    for i, node in enumerate(network.nodes):
+        if isinstance(node, Affine) and not node.weightless:
+            values = []
+            for operator in (dataclasses.replace(node.operator, rho=rho), node.operator.mapped(lambda t: t * (1 + rho))):
+                one = Network((*network.nodes[:i], dataclasses.replace(node, operator=operator), *network.nodes[i + 1 :]))
+                values.append(lg.verify(one, dataclasses.replace(certificate, digest=one.digest)).value)
+            assert values[0] >= values[1] * (1 - 1e-12) and values[1] >= certificate.value * (1 + rho / 100)
+            seen += 1
+    assert seen >= 2
+
+
+def test_products_of_norms_on_a_domain_hold_the_steepest_member():
+    """Both neurons are active: the norm of a matrix of both signs, which is below that of its magnitudes."""
+    w = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    for behind in ((), (Activation(1, relu()),)):
+        first = Affine(0, Dense(w, 1e-3), torch.full((2,), 9.0, dtype=torch.float64))
+        value = lg.bound(Network((Input(2), first, *behind)), method="spectral", domain=lg.Box(0.0, 1.0)).value
+        assert math.sqrt(2) * (1 + 1e-3) <= value < 1.6
+
+
+def test_constants_of_pairs_hold_the_steepest_member():
+    network = captured("dense")
+    factors = Spectral()(network, Query((2.0, 2.0)))[0].evidence
+    bound = [PairBound((0, 1), factors)]
+    wide = changed(network, lambda o: dataclasses.replace(o, rho=RHO if o.shape[0] == 3 else 0.0))
+    steep = changed(network, lambda o: o.mapped(lambda t: t * (1 + RHO)) if o.shape[0] == 3 else o)
+    assert check_pairs(wide, bound)[0] >= check_pairs(steep, bound)[0] * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("domain", [lg.Box(-1.0, 1.0), lg.Ball(torch.zeros(2), 1.0)])
+def test_ranges_hold_every_member(domain):
+    weight, rho = torch.tensor([[1.0, -2.0]], dtype=torch.float64), 1e-3
+    identity = Affine(0, Dense(torch.eye(2, dtype=torch.float64)))
+    found = propagate(Network((Input(2), identity, Affine(1, Dense(weight, rho)))), Regions.of([domain], 2, torch.device("cpu")))
+    largest = (1 + rho) * (3.0 if isinstance(domain, lg.Box) else math.sqrt(5))
+    assert float(found.upper[2]) >= largest <= -float(found.lower[2])
+    assert float(found.largest(2, torch.ones(1, 1, 1, dtype=torch.float64))) >= largest
 
 
 def test_ranges_hold_the_radius_of_a_bias():
