@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lipguard.network.activations import Elementwise, PiecewiseLinear, absolute
+from lipguard.network.activations import Elementwise, Formula, PiecewiseLinear, absolute
+from lipguard.network.activations.terms import Total
 
 
 class Algebra(Protocol):
-    """What an expression is evaluated in; its values are of one kind, masks being numbers 0 and 1."""
+    """What an expression is evaluated in; its values are of one kind, masks being numbers 0 and 1.
+
+    Attributes:
+        memo: values of expressions by their identity.
+    """
+
+    memo: dict[int, Any]
 
     def leaf(self, node: int) -> Any: ...  # noqa: D102
     def constant(self, value: Tensor) -> Any: ...  # noqa: D102
@@ -26,43 +33,57 @@ class Algebra(Protocol):
         ...
 
 
+JUMPS = (
+    "chooses by {origin} of a value that depends on the input: the result jumps unless both choices agree where the choice "
+    "changes. Write it with relu, clamp or abs, or bound the part before it with submodule=...."
+)
+"""What is wrong with the result of a comparison."""
+
+
 @dataclass(frozen=True, eq=False)
 class Expression:
     """A function of the values of some nodes, entry by entry.
 
     Attributes:
-        run: evaluates it in an algebra.
-        leaves: the nodes.
+        function: called with an algebra and the values of the parts in it.
+        parts: what it is a function of.
+        node: of a leaf, the node whose value it is.
+        leaves: the nodes that it is made of.
         reason: why it is refused where it cannot be settled.
-        mask: whether it is a mask, and from what: the call that compared.
-        terms: what it is a sum of, if it is one.
+        mask: of a mask, the call that compared.
     """
 
-    run: Callable[[Algebra], Any]
-    leaves: frozenset[int]
+    function: Callable[..., Any]
+    parts: tuple[Expression, ...] = ()
+    node: int | None = None
+    leaves: frozenset[int] = frozenset()
     reason: str = ""
     mask: str = ""
-    terms: tuple[Expression, ...] = ()
+
+
+def evaluated(a: Algebra, expression: Expression) -> Any:
+    """The expression's value in an algebra; of a part that occurs more than once, once."""
+    key = id(expression)
+    if key not in a.memo:
+        a.memo[key] = expression.function(a, *(evaluated(a, part) for part in expression.parts))
+    return a.memo[key]
 
 
 def leaf(node: int) -> Expression:
     """The value of a node."""
-    return Expression(lambda a: a.leaf(node), frozenset({node}))
+    return Expression(lambda a: a.leaf(node), (), node, frozenset({node}))
 
 
 def constant(value: Tensor) -> Expression:
     """A number, or one for each entry, float64."""
-    return Expression(lambda a: a.constant(value), frozenset())
+    return Expression(lambda a: a.constant(value))
 
 
-def combined(function: Callable[..., Any], parts: list[Expression], reason: str) -> Expression:
+def combined(function: Callable[..., Any], parts: Sequence[Expression], reason: str = "") -> Expression:
     """function(algebra, values of the parts); the reason is that of the first part that has one."""
     reasons = [part.reason for part in parts if part.reason]
-    return Expression(
-        lambda a: function(a, *(part.run(a) for part in parts)),
-        frozenset[int]().union(*(part.leaves for part in parts)),
-        reasons[0] if reasons else reason,
-    )
+    leaves = frozenset[int]().union(*(part.leaves for part in parts))
+    return Expression(function, tuple(parts), None, leaves, reasons[0] if reasons else reason)
 
 
 def choose(a: Algebra, mask: Any, first: Any, second: Any) -> Any:
@@ -79,12 +100,8 @@ def negative(a: Algebra, value: Any) -> Any:
 def moved(expression: Expression, index: Tensor, place: Callable[[int], int]) -> Expression:
     """The expression's entries at the places of an index, none of them -1; `place` gives each leaf's node of these entries."""
     nodes = {node: place(node) for node in expression.leaves}
-    return replace(
-        expression,
-        run=lambda a: expression.run(_Moved(a, index, nodes)),
-        leaves=frozenset(nodes.values()),
-        terms=tuple(moved(term, index, place) for term in expression.terms),
-    )
+    made = Expression(lambda a: evaluated(_Moved(a, index, nodes, {}), expression), (), None, frozenset(nodes.values()))
+    return replace(made, reason=expression.reason, mask=expression.mask)
 
 
 @dataclass(frozen=True)
@@ -92,6 +109,7 @@ class _Moved:
     inner: Algebra
     index: Tensor
     nodes: dict[int, int]
+    memo: dict[int, Any]
 
     def leaf(self, node: int) -> Any:
         return self.inner.leaf(self.nodes[node])
@@ -118,6 +136,9 @@ def of_function(function: Elementwise) -> Callable[[Algebra, Any], Any] | None:
     if function.piecewise is not None:
         pieces = function.piecewise
         return lambda a, u: piecewise(a, u, pieces)
+    if function.formula is not None:
+        formula = function.formula
+        return lambda a, u: _formula(a, u, formula)
     parameters = [torch.as_tensor(p, dtype=torch.float64) for p in getattr(function, "parameters", ())]
     make = _SMOOTH.get(function.name)
     return None if make is None else lambda a, u: make(a, u, *parameters)
@@ -131,6 +152,24 @@ def piecewise(a: Algebra, u: Any, f: PiecewiseLinear) -> Any:
         beyond = a.plus(u, a.constant(-b))
         step = a.constant((a.sign(beyond) > 0).to(torch.float64))
         result = a.plus(result, a.times(a.times(a.constant(f.pieces[j + 1] - f.pieces[j]), step), beyond))
+    return result
+
+
+def _formula(a: Algebra, u: Any, f: Formula) -> Any:
+    """The total of the piece that u lies on."""
+    result = _total(a, u, f.totals[0])
+    for b, total in zip(f.breaks, f.totals[1:], strict=True):
+        result = _above(a, a.plus(u, a.constant(-b)), result, _total(a, u, total))
+    return result
+
+
+def _total(a: Algebra, u: Any, total: Total) -> Any:
+    result = a.constant(torch.zeros((), dtype=torch.float64))
+    for product, coefficient in total.terms:
+        part = a.constant(coefficient)
+        for factor in product:
+            part = a.times(part, u if factor.inner is None else a.applied(factor.name, _total(a, u, factor.inner)))
+        result = a.plus(result, part)
     return result
 
 

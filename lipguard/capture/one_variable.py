@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lipguard.capture.expressions import Expression, piecewise
+from lipguard.capture.expressions import Expression, evaluated, piecewise
 from lipguard.network.activations import Formula, PiecewiseLinear, absolute, relu
 from lipguard.network.activations import canonical as c
 from lipguard.network.activations.formula import NEAR
@@ -42,13 +42,11 @@ class OneVariable:
     at: Tensor
     made: dict[int, Expression]
     roots: list[Tensor] = field(default_factory=list)
-    known: dict[int, Total] = field(default_factory=dict)
+    memo: dict[int, Total] = field(default_factory=dict)
 
     def leaf(self, node: int) -> Total:
         """z, or what the node is made of."""
-        if node not in self.known:
-            self.known[node] = c.variable(self.at) if node == self.base else self.made[node].run(self)
-        return self.known[node]
+        return c.variable(self.at) if node == self.base else evaluated(self, self.made[node])
 
     def constant(self, value: Tensor) -> Total:
         """A number for each entry."""
@@ -101,8 +99,13 @@ def _between(low: Tensor, high: Tensor) -> Tensor:
     return torch.where(low.isfinite() & high.isinf(), low + 1 + low.abs(), left)
 
 
-def one_variable(trace: Trace, made: dict[int, Expression], base: int) -> int:
-    """A node of neurons, or an affine one, on the node `base`."""
+def one_variable(trace: Trace, made: dict[int, Expression], leaves: frozenset[int]) -> int:
+    """A node of neurons, or an affine one, on the one leaf.
+
+    Raises:
+        Unsettled, InvalidModel: it jumps, or no bound of its slopes is found.
+    """
+    (base,) = leaves
     device = trace.device
     cuts = torch.zeros(0, 1, dtype=torch.float64, device=device)
     while True:
@@ -112,7 +115,7 @@ def one_variable(trace: Trace, made: dict[int, Expression], base: int) -> int:
         cuts = _cut(cuts, roots)
         if len(cuts) > _CUTS:
             raise Unsettled("has more pieces than are followed.")
-    points = [made[-1].run(OneVariable(base, cut[None], made)) for cut in cuts]
+    points = [evaluated(OneVariable(base, cut[None], made), made[-1]) for cut in cuts]
     for k in reversed(range(1, len(cuts))):
         # An interval without length is left to what follows it.
         empty = cuts[k - 1] == cuts[k]
@@ -137,7 +140,7 @@ def _on_intervals(made: dict[int, Expression], base: int, cuts: Tensor) -> tuple
     totals, roots = [], list[Tensor]()
     for k in range(len(ends) - 1):
         cell = OneVariable(base, ends[k : k + 2], made)
-        totals.append(made[-1].run(cell))
+        totals.append(evaluated(cell, made[-1]))
         low, high = ends[k], ends[k + 1]
         for root in cell.roots:
             some = root[~root.isnan()][0]

@@ -2,89 +2,84 @@
 
 No part of these has a bound of its slope by itself, but the whole has. A rule that meets such a part keeps an `Expression`,
 which further elementwise rules extend. Where anything else reads the value it is *settled*: made into nodes, or refused for the
-reason that its first unbounded part gave. It is settled by one of three ways:
+reason that its first unbounded part gave. It is settled in one of three ways:
 
     one variable    every leaf is a function of one node, entry by entry. The line is cut where a compared quantity, which must be
                     piecewise linear, changes its sign; on each piece the expression is a `Total`. Piecewise linear ones become a
                     `PiecewiseLinear`, others a `Formula`, whose slopes are enclosed
     two sides       linear in several nodes, with one compared quantity s: F on s < 0 and F + c s on s > 0 are F + c max(s, 0)
-    a sum           settled term by term
+    part by part    what it is a function of is settled before
 
-All three prove that the sides of every cut meet: a function that jumps is refused.
+All prove that the sides of every cut meet: a function that jumps is refused.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from lipguard.capture.expressions import Algebra, Expression, combined, leaf, of_function, uniform
-from lipguard.capture.one_variable import OneVariable, Unsettled, affine_node, one_variable
+from lipguard.capture.expressions import JUMPS, Algebra, Expression, combined, leaf, of_function, uniform
+from lipguard.capture.one_variable import Unsettled, one_variable
 from lipguard.capture.two_sides import two_sides
 from lipguard.errors import InvalidModel, UnsupportedLayer
 from lipguard.network.activations import Elementwise
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from lipguard.capture.trace import Trace
 
 
 def extend(expression: Expression, function: Elementwise) -> Expression | None:
     """A function of an expression; None where the function is not made of known ones."""
     run = of_function(function)
-    return None if run is None else combined(run, [expression], "")
+    return None if run is None else combined(run, [expression])
 
 
 def settle(trace: Trace, expression: Expression) -> int:
-    """The node of an expression's value.
+    """The node of an expression's value: as a whole, or after its parts have been settled one by one.
 
     Raises:
-        UnsupportedLayer: none of the three ways proves a bound.
+        UnsupportedLayer: no bound is proved.
     """
-    if not expression.terms and len(expression.leaves) == 1 and (node := _itself(expression)) is not None:
-        return node
+    if expression.node is not None:
+        return expression.node
+    key = id(expression)
+    if key not in trace.made:
+        trace.made[key] = expression, _settled(trace, expression)
+    return trace.made[key][1]
+
+
+def _settled(trace: Trace, expression: Expression) -> int:
     try:
-        whole, leaves = _expanded(trace, expression)
-        if len(leaves) == 1:
-            return one_variable(trace, whole, *leaves)
-        return two_sides(trace, whole, leaves)
+        return _whole(trace, expression)
     except (Unsettled, InvalidModel) as error:
-        if len(expression.terms) > 1 and len(expression.leaves) > 1:
-            return _settled_sum(trace, expression)
-        raise UnsupportedLayer(expression.reason or f"{trace.place} {error}") from error
+        why = expression.reason or f"{trace.place} {JUMPS.format(origin=expression.mask) if expression.mask else error}"
+        if all(part.node is not None or not part.leaves for part in expression.parts):
+            raise UnsupportedLayer(why) from error
+        try:
+            parts = [leaf(settle(trace, part)) if part.leaves else part for part in expression.parts]
+            apart = combined(expression.function, parts)
+            way = one_variable if len(apart.leaves) == 1 else two_sides
+            return way(trace, {-1: apart}, apart.leaves)
+        except (Unsettled, InvalidModel, UnsupportedLayer) as second:
+            raise UnsupportedLayer(why) from second
 
 
-def _itself(expression: Expression) -> int | None:
-    found = expression.run(_Names())
-    return found if isinstance(found, int) else None
-
-
-class _Names:
-    """An algebra in which a leaf is its node, and everything else None."""
-
-    def leaf(self, node: int) -> int:
-        return node
-
-    def sign(self, a: object) -> Tensor:
-        return torch.zeros((), dtype=torch.float64)
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_: None
-
-
-def _settled_sum(trace: Trace, expression: Expression) -> int:
-    values = [term for term in expression.terms if term.leaves]
-    nodes = [settle(trace, replace(term, reason=term.reason or expression.reason)) for term in values]
-    total = trace.sum(*(trace.at(node) for node in nodes))
-    for term in expression.terms:
-        if not term.leaves:
-            shift = term.run(OneVariable(total, torch.zeros(0, 1, dtype=torch.float64), {})).terms
-            total = affine_node(trace, total, torch.ones((), dtype=torch.float64), shift[0][1] if shift else torch.zeros(()))
-    return total
+def _whole(trace: Trace, expression: Expression) -> int:
+    made, leaves = _expanded(trace, expression)
+    if len(leaves) > 1:
+        return two_sides(trace, made, leaves)
+    (base,) = leaves
+    while True:
+        try:
+            return one_variable(trace, made, frozenset({base}))
+        except (Unsettled, InvalidModel):
+            # What has no bound as a function of a value may have one as a function of what that is made of: e^min(x, 1).
+            found = _taken_apart(trace, base)
+            if found is None or len(found.leaves) > 1:
+                raise
+            made[base] = found
+            (base,) = found.leaves
 
 
 def _expanded(trace: Trace, expression: Expression) -> tuple[dict[int, Expression], frozenset[int]]:
@@ -114,14 +109,14 @@ def _taken_apart(trace: Trace, i: int) -> Expression | None:
         number = node.map.scalar()
         scale = node.map(ones) if number is None else torch.tensor(number, dtype=torch.float64, device=ones.device)
         bias = torch.zeros((), dtype=torch.float64) if node.bias is None else uniform(node.bias)
-        return combined(lambda a, u: a.plus(a.times(a.constant(uniform(scale)), u), a.constant(bias)), parts, "")
+        return combined(lambda a, u: a.plus(a.times(a.constant(uniform(scale)), u), a.constant(bias)), parts)
     if node.elementwise is not None:
         function = of_function(node.elementwise)
-        return None if function is None else combined(function, parts, "")
+        return None if function is None else combined(function, parts)
 
     def total(a: Algebra, first: Any, *others: Any) -> Any:
         for other in others:
             first = a.plus(first, other)
         return first
 
-    return combined(total, parts, "")
+    return combined(total, parts)

@@ -83,7 +83,7 @@ class Trace:
         self.call = ""
         self.pending: dict[int, Expression] = {}
         self.rectified: dict[object, int] = {}
-        self._settled: dict[int, int] = {}
+        self.made: dict[int, tuple[Expression, int]] = {}
         self.device, self.unit = torch.device("cpu"), torch.finfo(torch.float64).eps
 
     @property
@@ -141,11 +141,7 @@ class Trace:
         Raises:
             UnsupportedLayer: the expression has no bound that is known, for the reason it gives.
         """
-        if node not in self.pending:
-            return node
-        if node not in self._settled:
-            self._settled[node] = settle(self, self.pending[node])
-        return self._settled[node]
+        return settle(self, self.pending[node]) if node in self.pending else node
 
     def affine(self, x: Value, operator: Operator, bias: Tensor | None = None, bias_radius: Tensor | None = None) -> int:
         """operator(x) + bias; a rule that rounds a coefficient says so in operator.rho, one that rounds a bias in its radius."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lipguard.capture.expressions import Expression, uniform
+from lipguard.capture.expressions import Expression, evaluated, uniform
 from lipguard.capture.one_variable import Unsettled, affine_node
 from lipguard.network.activations import canonical as c
 from lipguard.network.activations import relu
@@ -46,11 +46,12 @@ class _Sides:
     closed: frozenset[int]
     unit: float
     compared: list[_Form]
+    memo: dict[int, Any] = field(default_factory=dict)
 
     def leaf(self, node: int) -> _Form:
         if node in self.closed:
             return _Form({node: torch.ones((), dtype=torch.float64)}, torch.zeros((), dtype=torch.float64))
-        return self.made[node].run(self)
+        return evaluated(self, self.made[node])
 
     def constant(self, value: Tensor) -> _Form:
         return _Form({}, value)
@@ -106,7 +107,7 @@ def two_sides(trace: Trace, made: dict[int, Expression], leaves: frozenset[int])
     """F + k max(s, 0): F where s < 0, F + k s where s > 0, s = 0 agreeing with both."""
     compared: list[_Form] = []
     nodes = sorted(leaves)
-    forms = [made[-1].run(_Sides(side, made, leaves, trace.unit, compared)) for side in (-1.0, 1.0, 0.0)]
+    forms = [evaluated(_Sides(side, made, leaves, trace.unit, compared), made[-1]) for side in (-1.0, 1.0, 0.0)]
     total = _linear(trace, forms[0])
     if not compared:
         return total

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lipguard.capture.expressions import Algebra, Expression, choose, combined, constant, leaf, negative
+from lipguard.capture.expressions import JUMPS, Algebra, Expression, choose, combined, constant, leaf, negative
 from lipguard.capture.rules import arithmetic, lengths, rearrange
 from lipguard.capture.rules.arithmetic import QUOTIENT
 from lipguard.capture.rules.operands import Operand
-from lipguard.capture.rules.refused import JUMPS, REASONS
+from lipguard.capture.rules.refused import REASONS
 from lipguard.capture.rules.registry import lowers
 from lipguard.capture.trace import UNKNOWN, Trace, Value
+from lipguard.network.contraction import Length, LogSumExp
 
 _ONE = torch.ones((), dtype=torch.float64)
 
@@ -34,8 +36,7 @@ def extended(trace: Trace, function: Callable[..., Any], operands: list[Operand]
     if masks and not mask:
         reason = JUMPS.format(origin=masks[0])
     made = combined(function, parts, f"{trace.place} {reason}")
-    terms = tuple(parts) if function is _sum else ()
-    return trace.put(Expression(made.run, made.leaves, "" if mask else made.reason, mask, terms), first.size)
+    return trace.put(replace(made, reason="", mask=mask) if mask else made, first.size)
 
 
 def _part(trace: Trace, x: Value) -> Expression:
@@ -230,7 +231,7 @@ def rpow(trace: Trace, input: Operand, other: Operand) -> int:
 def hypot(trace: Trace, input: Operand, other: Operand) -> int:
     """sqrt(a^2 + b^2): of two values their length."""
     if isinstance(input, Value) and isinstance(other, Value):
-        return lengths.pair_length(trace, input, other)
+        return lengths.of_pairs(trace, input, other, Length)
 
     def length(a: Algebra, x: Any, y: Any) -> Any:
         return a.applied("sqrt", a.plus(a.times(x, x), a.times(y, y)))
@@ -246,6 +247,8 @@ def _register_log_add(name: str, base: float) -> None:
         return a.times(a.constant(1 / rate), a.applied("log", a.plus(*parts)))
 
     def rule(trace: Trace, input: Operand, other: Operand) -> int:
+        if isinstance(input, Value) and isinstance(other, Value) and base == math.e:
+            return lengths.of_pairs(trace, input, other, LogSumExp)
         return extended(trace, log_add, [input, other], "is a function of two values, which has no rule. Use torch.logsumexp.")
 
     lowers(name)(rule)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from lipguard.capture.rules import arithmetic, pooling, rearrange, writes
-from lipguard.capture.rules.lengths import pair_length
+from lipguard.capture.rules.lengths import of_pairs
 from lipguard.capture.rules.linear import einsum
 from lipguard.capture.rules.registry import lowers, lowers_complex
 from lipguard.capture.trace import Trace, Value
+from lipguard.network.contraction import Length
 from lipguard.network.operators import Conv, Diagonal
 
 Operand = Value | Tensor | float | int | complex
@@ -212,7 +213,7 @@ def length(trace: Trace, input: Value) -> int:
     """|z|: the length of the pair, of constant 1."""
     both = pairs(trace, input)
     parts = [rearrange.moved(trace, both, lambda code, k=k: code[..., k]) for k in (0, 1)]
-    return pair_length(trace, *parts)
+    return of_pairs(trace, *parts, Length)
 
 
 @lowers_complex("angle")

@@ -107,12 +107,12 @@ def matrix_norm(trace: Trace, input: Value, ord: Any = "fro", dim: Any = (-2, -1
     return norm(trace, input, 2.0, dim, keepdim)
 
 
-def pair_length(trace: Trace, a: Value, b: Value) -> int:
-    """sqrt(a^2 + b^2), entry by entry, of two values."""
+def of_pairs(trace: Trace, a: Value, b: Value, kind: Callable[[Tensor], Contraction]) -> int:
+    """The length, or the log-sum-exp, of every pair of entries of two values."""
     shape = torch.broadcast_shapes(a.tensor.shape, b.tensor.shape)
     a, b = broadcast(trace, a, shape), broadcast(trace, b, shape)
     both = trace.value(joined(trace, [a, b]), torch.cat([a.tensor, b.tensor], 1))
-    return _first(trace, both, torch.arange(2 * a.size, device=a.tensor.device).reshape(2, -1).T.contiguous(), Length)
+    return _first(trace, both, torch.arange(2 * a.size, device=a.tensor.device).reshape(2, -1).T.contiguous(), kind)
 
 
 def _register_pool(dims: int) -> None:

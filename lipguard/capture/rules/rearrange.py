@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from lipguard.capture.expressions import JUMPS
 from lipguard.capture.expressions import moved as moved_expression
 from lipguard.capture.rules.registry import lowers
 from lipguard.capture.trace import BatchMoved, Placed, Trace, Value
@@ -193,6 +194,16 @@ def depends(tree: object) -> bool:
     return isinstance(tree, Value) or (isinstance(tree, dict) and depends(tuple(tree.values())))
 
 
+def misplaced(trace: Trace, tree: object, verb: str) -> str:
+    """Why entries are not read or written at places that depend on the input: by a mask, or by numbers."""
+    if isinstance(tree, dict):
+        tree = tuple(tree.values())
+    if isinstance(tree, list | tuple):
+        return next((misplaced(trace, part, verb) for part in tree if depends(part)), "")
+    masked = isinstance(tree, Value) and tree.node in trace.pending and trace.pending[tree.node].mask
+    return JUMPS.format(origin=masked) if masked else f"{verb} entries at places that depend on the input."
+
+
 def _register(name: str, move: Callable[..., Any]) -> None:
     def rule(trace: Trace, input: Value, *args: Any, **kwargs: Any) -> Placed | tuple[Placed, ...] | None:
         if name.endswith("_as") and len(args) == 1 and isinstance(args[0], Value):
@@ -200,7 +211,7 @@ def _register(name: str, move: Callable[..., Any]) -> None:
         if name.endswith("_as") and not isinstance(input, Value):
             return None  # a constant that takes the shape of a value
         if not isinstance(input, Value) or depends((args, kwargs)):
-            trace.refuse("reads entries at places that depend on the input.")
+            trace.refuse(misplaced(trace, (args, kwargs), "reads"))
         if name == "view" and isinstance((*args, *kwargs.values())[0], torch.dtype):
             trace.refuse("reads the bits of its input as another type: it is not a function of real numbers.")
         return placed(trace, input, lambda code: move(code, *args, **kwargs))

@@ -46,10 +46,6 @@ _EXPONENTIAL = (
     "submodule=...."
 )
 
-JUMPS = (
-    "chooses by {origin} of a value that depends on the input: the result jumps unless both choices agree where the choice "
-    "changes. Write it with relu, clamp or abs, or bound the part before it with submodule=...."
-)
 _JUMPS = (
     "asks a question of values that depend on the input: what is chosen by the answer jumps unless both choices agree where it "
     "changes. Write it with relu, clamp or abs, or bound the part before it with submodule=...."

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lipguard.capture.rules.arithmetic import elementwise
 from lipguard.capture.rules.operands import Operand, applied, node_of
-from lipguard.capture.rules.rearrange import assembled, assembled_anywhere, depends, index_of, moved
+from lipguard.capture.rules.rearrange import assembled, assembled_anywhere, depends, index_of, misplaced, moved
 from lipguard.capture.rules.registry import lowers
 from lipguard.capture.trace import Placed, Trace, Value
 from lipguard.network.operators import Index
@@ -20,8 +21,16 @@ PLACES = "writes entries at places that depend on the input."
 @lowers("setitem", "__setitem__", whole=True)
 def setitem(trace: Trace, input: Any, place: Any, value: Any) -> Placed:
     """The tensor after writing into it; `Tracer` gives it this node."""
+    if (
+        isinstance(place, Value)
+        and place.axis in (0, None)
+        and place.tensor.shape == _plain(input).shape
+        and not _plain(value).ndim
+    ):
+        first = input.batched() if isinstance(input, Value) else input[None] if place.axis is None else input
+        return Placed(elementwise().where(trace, place.batched(), value, first), place.axis)
     if depends(place):
-        trace.refuse(PLACES)
+        trace.refuse(misplaced(trace, place, "writes"))
 
     def write(parts: list[Tensor]) -> Tensor:
         written = parts[0].clone()

@@ -13,6 +13,7 @@ from lipguard.network.activations.named import NAMED
 from lipguard.network.part import Part
 
 if TYPE_CHECKING:
+    from lipguard.network.activations.formula import Formula
     from lipguard.network.activations.piecewise import PiecewiseLinear
 
 
@@ -57,6 +58,11 @@ class Elementwise(Part, ABC):
     @property
     def piecewise(self) -> PiecewiseLinear | None:
         """The same function by its break points and slopes, where it is piecewise linear; else None."""
+        return None
+
+    @property
+    def formula(self) -> Formula | None:
+        """The same function as a formula, where it is one; else None."""
         return None
 
     def to(self, device: torch.device) -> Elementwise:

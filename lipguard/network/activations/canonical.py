@@ -13,9 +13,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lipguard.errors import InvalidModel
 from lipguard.network.activations.terms import FACTORS, Factor, Monomial, Total
 
 Z = Factor()
+
+_TERMS = 400
+"""Products of terms up to which a product of sums is multiplied out."""
 
 
 def constant(value: Tensor | float) -> Total:
@@ -39,7 +43,13 @@ def scaled(p: Total, factor: Tensor | float) -> Total:
 
 
 def times(p: Total, q: Total) -> Total:
-    """p q, multiplied out."""
+    """p q, multiplied out.
+
+    Raises:
+        InvalidModel: there are too many terms.
+    """
+    if len(p.terms) * len(q.terms) > _TERMS:
+        raise InvalidModel("has more terms than are multiplied out.")
     result = Total(())
     for first, a in p.terms:
         for second, b in q.terms:

@@ -158,6 +158,11 @@ class Formula(Elementwise):
                 high = torch.where(here, torch.maximum(high, slope.high), high)
         return torch.minimum(torch.maximum(low, alpha), beta), torch.maximum(torch.minimum(high, beta), alpha)
 
+    @property
+    def formula(self) -> Formula:
+        """Itself."""
+        return self
+
     def tensors(self) -> tuple[Tensor, ...]:
         """Breaks and coefficients."""
         return (self.breaks, *(c for total in self.totals for c in total.tensors()))

@@ -78,6 +78,7 @@ def _turning(function: Elementwise, limits: tuple[float, float], *turns: tuple[f
 
 
 _SIN, _COS = waves.sin(), waves.cos()
+_SIGMOID = sigmoids.sigmoid()
 _PEAK = (0.428881942480, 0.428881942481)
 
 FACTORS: Mapping[str, Kind] = {
@@ -147,6 +148,7 @@ class Total:
         found: dict[Any, tuple[Monomial, Tensor]] = {}
         for product, coefficient in terms:
             product = tuple(sorted(product, key=lambda f: f.key))
+            coefficient = coefficient.reshape(()) if coefficient.numel() == 1 else coefficient
             key = tuple(f.key for f in product)
             found[key] = (product, found[key][1] + coefficient) if key in found else (product, coefficient)
         kept = [(key, term) for key, term in found.items() if bool((term[1] != 0).any())]
@@ -250,7 +252,37 @@ def _product(product: Monomial, z: Interval) -> tuple[Interval, Interval]:
     value, slope = parts[0]
     for other, change in parts[1:]:
         value, slope = value * other, slope * other + value * change
+    if (inner := _gate(product)) is not None:
+        tail = _gate_slopes(inner, z)
+        slope = Interval(torch.maximum(slope.low, tail.low), torch.minimum(slope.high, tail.high))
     return value, slope
+
+
+def _gate(product: Monomial) -> Total | None:
+    """p of z sigmoid(p(z)), p(z) = a z + b z^3 with a, b > 0: the GELU of the hyperbolic tangent is one."""
+    if len(product) != 2 or product[0].inner is not None or product[1].name != "sigmoid":
+        return None
+    inner = product[1].inner
+    assert inner is not None
+    powers = [len(factors) for factors, _ in inner.terms if all(f.inner is None for f in factors)]
+    good = powers == [1, 3] and len(inner.terms) == 2 and all(bool((c > 0).all()) for _, c in inner.terms)
+    return inner if good else None
+
+
+def _gate_slopes(p: Total, z: Interval) -> Interval:
+    """Slopes of z sigmoid(p): sigmoid(p) + z p' sigmoid'(p).
+
+    |z p'| = a |z| + 3 b |z|^3 is at most 3 |p|, and sigmoid'(p) <= e^-|p|: the second term, which has the sign of z, is at most
+    3 |p| e^-|p|, which falls from |p| = 1 on. Nearer to 0 this says nothing.
+    """
+    near = torch.where((z.low < 0) & (z.high > 0), 0.0, torch.minimum(z.low.abs(), z.high.abs()))
+    # The lower end of the enclosure of |p| where |z| is least: where it is at least 1, |p| is throughout.
+    least = p.enclosed(Interval.of(near))[0].low
+    start = Interval.of(least.clamp_min(1.0))
+    most = (start.scaled(torch.full_like(near, 3.0)) * start.scaled(torch.full_like(near, -1.0)).exp()).high
+    most = torch.where(least >= 1, most, torch.inf)
+    term = Interval(torch.where(z.low >= 0, 0.0, -most), torch.where(z.high <= 0, 0.0, most))
+    return p.enclosed(z)[0].rising(_SIGMOID) + term
 
 
 def _factor(factor: Factor, z: Interval, one: Interval) -> tuple[Interval, Interval]:
