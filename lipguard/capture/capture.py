@@ -119,15 +119,14 @@ def _capture(model: nn.Module, query: Query, live: bool, which: str | None, sour
         reader = Reader(part, call, 0, root, which)
         try:
             reading = reader.read(call.row, live)
-        except InvalidExample:
-            # Written for one vector, the example is one sample as a whole, such as a column (n, 1).
-            reader = Reader(part, call.whole(given), None, root, which)
-            try:
-                reading = reader.read(reader.call.row, live)
-            except LipguardError:
-                reading = None
-            if reading is None:
+        except LipguardError:
+            if reader.runs():
                 raise
+            # Written for one vector, the example is one sample as a whole, such as a column (n, 1).
+            whole = Reader(part, call.whole(given), None, root, which)
+            if not whole.runs():
+                raise
+            reader, reading = whole, whole.read(whole.call.row, live)
         return checked(reader, reading, repeated)
 
 

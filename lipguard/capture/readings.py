@@ -114,6 +114,14 @@ class Reader:
         output = trace.settled(value.node)
         return Reading(tuple(trace.nodes), output, value.axis)
 
+    def runs(self) -> bool:
+        """Whether the module runs on the example's first sample."""
+        try:
+            self.results(self.call.row, self.call.row.dtype)
+        except Exception:  # told where the module is read
+            return False
+        return True
+
     def results(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """What the module itself returns for x, computed in a precision: (rows, m), or one row for one sample."""
         with torch.no_grad():
