@@ -35,7 +35,7 @@ _SHAPES = frozenset({
     "aten::empty_like", "aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::rand_like", "aten::randn_like",
     "aten::new_empty", "aten::new_empty_strided", "aten::new_zeros", "aten::new_ones", "aten::new_full",
 })  # fmt: skip
-_INDEXED = frozenset({"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"})
+_INDEXED = frozenset({"aten::index"})
 
 
 class Taint(TorchDispatchMode):
