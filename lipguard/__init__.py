@@ -34,6 +34,7 @@ __all__ = [
     "certify",
     "exact",
     "explain",
+    "from_onnx",
     "load",
     "lowers",
     "verify",
@@ -61,6 +62,7 @@ _HOMES = {
     "certify": "bounds.robustness",
     "exact": "exact",
     "explain": "bounds.explain",
+    "from_onnx": "onnx",
     "load": "certificate",
     "lowers": "capture",
     "verify": "verify",
@@ -84,6 +86,7 @@ if TYPE_CHECKING:
     from lipguard.certificate import Ball, Box, Certificate, Enclosure, load
     from lipguard.exact import exact
     from lipguard.network import Network
+    from lipguard.onnx import from_onnx
     from lipguard.query import Query
     from lipguard.verify import verify
 

@@ -25,9 +25,10 @@ Functional = Tensor | tuple[int, int]
 Outputs = Functional | int | str | tuple[int | str, Functional]
 """A functional; or which of several tensors: its place in a tuple, its key or its name (dotted where nested); or both."""
 
-Inputs = Tensor | int | str
+Inputs = Tensor | int | str | tuple[int | str, ...]
 """With respect to what: a matrix E (d, k), for the function z -> f(E z); or which of several input tensors, by its place or the
-name of the argument, the others being held at the example's values."""
+name of the argument, or several of them jointly, their entries one behind the other in the order named. The others are held at
+the example's values."""
 
 
 def norm_pair(norm: Norm | Sequence[float | str]) -> tuple[float, float]:
@@ -79,21 +80,32 @@ def outputs_from(value: Any) -> Outputs | None:
 
 
 def inputs_from(value: Any) -> Inputs | None:
-    """With respect to what, as people write it: an `Inputs` or None, a place or a name as text, or a matrix as lists.
+    """With respect to what, as people write it: an `Inputs` or None, places or names as text ("x", "x,context"), or lists.
 
     Raises:
         UnsupportedQuery: it is none of these.
     """
     if value is None or isinstance(value, Tensor) or (isinstance(value, int) and not isinstance(value, bool)):
         return value
-    matrix = _functional(_parsed(value) if isinstance(value, str) else value)
+    read = _parsed(value) if isinstance(value, str) else value
+    matrix = _functional(read)
     if isinstance(matrix, Tensor):
         return matrix
-    if isinstance(value, str) and value:
-        return value
+    if isinstance(value, str) and read is None:
+        # A key may hold a comma only where it is named in a list of its own: ["a,b"].
+        read = [part.strip() for part in value.split(",")]
+        if len(read) == 1 and read[0]:
+            return value
+    if isinstance(read, tuple | list) and read and all(_is_name(one) for one in read):
+        return tuple(int(one) if isinstance(one, int) else one for one in read)
     raise UnsupportedQuery(
-        f"inputs={value!r}: give the place or the name of one of several tensors, inputs='x', or a matrix (d, k)."
+        f"inputs={value!r}: give the place or the name of one of several tensors, inputs='x', of several, inputs=('x', 'y'), or "
+        "a matrix (d, k)."
     )
+
+
+def _is_name(value: object) -> bool:
+    return bool(value) if isinstance(value, str) else isinstance(value, int) and not isinstance(value, bool)
 
 
 def _apart(outputs: Any) -> tuple[int | str | None, Any]:
@@ -135,7 +147,7 @@ class Query:
         norm: 1, 2 or inf, or a pair (input, output); a pair of floats once constructed.
         domain: a `Box`, a `Ball`, None for all inputs, or what `domain_from` reads, with the input norm for a ball's own.
         outputs: what of the outputs, None for all; or what `outputs_from` reads.
-        inputs: with respect to what, None for the only input; or what `inputs_from` reads.
+        inputs: with respect to what, None for all inputs of floating point jointly; or what `inputs_from` reads.
         submodule: dotted name of a part of the model; None for the whole.
         example: an input that the model accepts, (B, ...); not needed for a `Network`.
     Raises:
@@ -167,13 +179,12 @@ class Query:
     def json(self) -> dict[str, Any]:
         """The query as JSON values, all but the example, from which `of_json` restores it."""
         which, functional = _apart(self.outputs)
-        plain = functional.tolist() if isinstance(functional, Tensor) else functional
-        plain = list(plain) if isinstance(plain, tuple) else plain
+        plain = functional.tolist() if isinstance(functional, Tensor) else _plain(functional)
         return {
             "norm": [str(p) for p in self.norm],
             "domain": None if self.domain is None else self.domain.json(),
             "outputs": plain if which is None else [which, plain],
-            "inputs": self.inputs.tolist() if isinstance(self.inputs, Tensor) else self.inputs,
+            "inputs": self.inputs.tolist() if isinstance(self.inputs, Tensor) else _plain(self.inputs),
             "submodule": self.submodule,
         }
 
@@ -186,6 +197,11 @@ class Query:
     def of_network(self) -> Query:
         """What is left to ask once the network has been read: norm and domain."""
         return replace(self, outputs=None, inputs=None, submodule=None, example=None)
+
+
+def _plain(value: Any) -> Any:
+    """A tuple as JSON has it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _short(value: object) -> str:

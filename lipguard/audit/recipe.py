@@ -18,6 +18,7 @@ from lipguard.audit.encoding import from_plain, to_plain
 from lipguard.capture.capture import capture
 from lipguard.capture.rules.registry import load
 from lipguard.errors import LipguardError, NotCertified
+from lipguard.layouts import renamings
 from lipguard.network import Network
 from lipguard.network.record import read_node, write_part
 from lipguard.programs.rewriting import slope_restricted
@@ -80,7 +81,8 @@ def rebuild(recipe: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Network
     Raises:
         NotCertified: an entry is missing, or the recipe is damaged. The digest is not compared here.
     """
-    plain = {name.replace("_orig_mod.", ""): tensor for name, tensor in weights.items()}
+    # What the first renaming calls by a name is meant by it before what a later one does.
+    plain = {name: tensor for named in reversed(list(renamings(weights))) for name, tensor in named.items()}
     load()  # rules of other packages bring their activations
     try:
         tensors: list[Tensor] = []

@@ -6,7 +6,7 @@ import hashlib
 import os
 import pickle
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lipguard.errors import UnreadableCheckpoint
+from lipguard.errors import LipguardError, UnreadableCheckpoint
+from lipguard.layouts import KEYS, tensors_of
 
 __all__ = ["Contents", "fingerprint", "read_contents", "sha256"]
 
@@ -52,15 +53,15 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
             digest = _hash(file)
             size = file.tell()
             file.seek(0)
-            payload = _load(file)
+            payload = _READERS.get(Path(path).suffix, _load)(file)
+    except LipguardError:
+        raise
     except OSError as error:
         raise UnreadableCheckpoint(f"{path} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # damaged bytes can make an unpickler raise anything; the message names the file
         told = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise UnreadableCheckpoint(f"{path} is truncated, damaged or no checkpoint ({told}).") from error
-    weights = payload.get("state_dict", payload) if isinstance(payload, Mapping) else {}
-    entries = weights.items() if isinstance(weights, Mapping) else ()
-    tensors = {str(name): value for name, value in entries if isinstance(value, Tensor)}
+    tensors = next(filter(None, map(_tensors, _parts(payload))), {})
     step, epoch = (payload.get(key) if isinstance(payload, Mapping) else None for key in ("global_step", "epoch"))
     return Contents(digest, size, tensors, step if isinstance(step, int) else None, epoch if isinstance(epoch, int) else None)
 
@@ -87,12 +88,36 @@ def _hash(file: BufferedReader) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _load_safetensors(file: BufferedReader) -> Any:
+    return tensors_of(Path(file.name), file.read())
+
+
+def _load_onnx(file: BufferedReader) -> Any:
+    from lipguard.onnx import weights_of
+
+    return weights_of(file.read())
+
+
+def _parts(payload: Any) -> list[Any]:
+    """Where the state_dict may stand: under one of the common keys, or by itself."""
+    return [*(payload[key] for key in KEYS if key in payload), payload] if isinstance(payload, Mapping) else []
+
+
+def _tensors(part: Any) -> dict[str, Tensor]:
+    entries = part.items() if isinstance(part, Mapping) else ()
+    return {str(name): value for name, value in entries if isinstance(value, Tensor)}
+
+
 def _load(file: BufferedReader) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=False, pickle_module=_INERT)
+
+
+_READERS: dict[str, Callable[[BufferedReader], Any]] = {".safetensors": _load_safetensors, ".onnx": _load_onnx}
+"""By the end of the file's name; every other is a file of torch.save."""
 
 
 class _Passed(dict[Any, Any]):

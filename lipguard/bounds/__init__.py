@@ -6,12 +6,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
-from torch import nn
-
 from lipguard import registry
 from lipguard.bounds.choice import default_method
 from lipguard.bounds.method import Method, build, check_options
-from lipguard.capture import network_of
+from lipguard.capture import Model, network_of
 from lipguard.certificate import Ball, Box, Certificate, Domain, Query
 from lipguard.domain import domain_from
 from lipguard.errors import InvalidDomain
@@ -24,7 +22,7 @@ __all__ = ["Method", "bound"]
 
 @overload
 def bound(
-    model: nn.Module | Network,
+    model: Model,
     example: Any = ...,
     *,
     method: str | Method | None = ...,
@@ -43,7 +41,7 @@ def bound(
 ) -> Certificate: ...
 @overload
 def bound(
-    model: nn.Module | Network,
+    model: Model,
     example: Any = ...,
     *,
     method: str | Method | None = ...,
@@ -61,7 +59,7 @@ def bound(
     **options: object,
 ) -> list[Certificate]: ...
 def bound(
-    model: nn.Module | Network,
+    model: Model,
     example: Any = None,
     *,
     method: str | Method | None = None,
@@ -84,8 +82,9 @@ def bound(
     narrow the slopes of the neurons. Many domains are bounded together.
 
     Args:
-        model: a module, read in eval mode and left as it is, or a captured `Network`.
-        example: a batch of inputs, (batch, ...), any values; not needed for a `Network`.
+        model: a module, read in eval mode and left as it is, a `torch.export.ExportedProgram`, or a captured `Network`.
+        example: a batch of inputs, (batch, ...), any values; not needed for a `Network`, an exported program, or a module with
+            `example_input_array`.
         method: None chooses by norm, memory and cost among "lipsdp-neuron", "lipsdp-channel" (convolutional networks of any
             size) and "spectral". Others: "lipsdp-layer", "lipsdp-split", "toeplitz", "contraction" (absolute values: from norm
             inf or to norm 1, implicit layers too), "sampling", the only lower bound, and names registered by other packages;
@@ -95,7 +94,8 @@ def bound(
             of shape (B, ...) with B > 1.
         outputs: a matrix (k, m) or a pair of classes (i, j) to bound a functional of the outputs; or which of several
             tensors that the module returns, by its place or name.
-        inputs: with respect to what: a matrix (d, k), or which of several input tensors, by its place or name.
+        inputs: with respect to what: a matrix (d, k), or which of several input tensors, by its place or name, or a tuple of
+            several. None: all of them of floating point, jointly. Others are held at the example's values; the `note` says which.
         submodule: dotted name of a part to bound instead of the whole.
         solver: of the LipSDP methods: "auto", "interior-point", "low-rank", "first-order", "scs", "clarabel", "cvxopt", "mosek".
         tol: relative gap of the squared bound asked of the solver.
@@ -129,7 +129,7 @@ def bound(
     with one_thread():
         for one, note in ((pair if isinstance(pair, tuple) else (pair, "")) for pair in chosen):
             certificates = on_domains(one, network, asked, domains) if domains else [one(network, asked, None)[0]]
-            found.append([_noted(certificate, note) for certificate in certificates])
+            found.append([_noted(certificate, "; ".join(filter(None, (note, network.respect)))) for certificate in certificates])
     certificates = [min(each, key=lambda certificate: certificate.value) for each in zip(*found, strict=True)]
     return certificates if several else certificates[0]
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lipguard.bounds.counterexample import nearest_found
 from lipguard.bounds.local import BATCHED, solve
 from lipguard.bounds.pairs import pair_bounds
 from lipguard.bounds.radii import Constants, Method, Proofs, Robustness
-from lipguard.capture.capture import network_of
+from lipguard.capture import Model, network_of
 from lipguard.certificate import Ball, Box
 from lipguard.domain import Domain, domain_from
 from lipguard.errors import InvalidDomain, InvalidExample, UnknownName, UnsupportedQuery
@@ -38,7 +38,7 @@ _TURNS = 100
 
 
 def certify(
-    model: nn.Module | Network,
+    model: Model,
     batch: Tensor,
     labels: Tensor,
     eps: float,

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lipguard.callbacks.example import first_sample
+from lipguard.callbacks.example import inputs_and_labels
+from lipguard.callbacks.seen import Seen
 from lipguard.errors import InvalidExample, LipguardError, UnknownName, UnsupportedQuery
 from lipguard.query import Query
 
@@ -22,7 +23,7 @@ __all__ = ["Asked", "named", "number", "on_failure_of", "refuse", "whole"]
 
 
 class Asked:
-    """The Query of a callback; its example, where none is given, is the module's or a sample of the first training batch.
+    """The Query of a callback; its example, where none is given, is the module's, or the one that the training shows.
 
     Args:
         who: the callback's name, for messages.
@@ -35,12 +36,12 @@ class Asked:
         with named(who):
             self.query = Query(**{**fields, "example": _example(fields.get("example"))})
         self.who = who
-        self._seen: Tensor | None = None
+        self._seen = Seen()
 
     @property
     def settled(self) -> bool:
         """Whether an example is at hand whatever the module."""
-        return self.query.example is not None or self._seen is not None
+        return self.query.example is not None or bool(self._seen)
 
     def check(self, pl_module: LightningModule) -> None:
         """Refuse at the start of a training what the module does not have.
@@ -58,22 +59,42 @@ class Asked:
             )
 
     def see(self, pl_module: LightningModule, batch: object) -> None:
-        """Remember the first sample of the first batch, where no other example is at hand."""
+        """Remember the first sample of the first batch, and what forward makes of it, where no other example is at hand."""
         if not self.settled and pl_module.example_input_array is None:
-            self._seen = first_sample(batch)
+            self._seen.watch(pl_module, batch)
 
     def forget(self) -> None:
         """Forget the sample of an earlier training."""
-        self._seen = None
+        self._seen.forget()
+
+    def unpacked(self, batch: Any) -> tuple[Tensor | None, Tensor | None]:
+        """The input of a batch, the one that was found to be the module's, and the labels; None where missing."""
+        return inputs_and_labels(batch, self._seen.path)
+
+    def of_batch(self, pl_module: LightningModule, batch: Any) -> tuple[Tensor | None, Tensor | None]:
+        """The input of a batch, the one tensor of it that the module takes, and the labels; None where missing.
+
+        Raises:
+            InvalidExample: the batch is a mapping, and forward takes none of its tensors, or each of several.
+        """
+        seen = Seen()
+        seen.watch(pl_module, batch)
+        seen.example(pl_module, self.query.submodule, self.query.inputs, self.who)
+        return inputs_and_labels(batch, seen.path)
 
     def find(self, trainer: Trainer, pl_module: LightningModule) -> Query | None:
-        """The query with an example on the module's device; None if none is at hand yet."""
-        example = self.query.example
+        """The query with an example on the module's device; None if none is at hand yet.
+
+        Raises:
+            InvalidExample: the batch is a mapping, and forward takes none of its tensors, or each of several.
+        """
+        query, example = self.query, self.query.example
         if example is None:
             example = _of_module(trainer, pl_module)
-        if example is None:
-            example = self._seen
-        return None if example is None else replace(self.query, example=_moved(example, lambda t: t.to(pl_module.device)))
+        if example is None and self._seen:
+            example, settled = self._seen.example(pl_module, query.submodule, query.inputs, self.who)
+            query = replace(query, inputs=None) if settled else query
+        return None if example is None else replace(query, example=_moved(example, lambda t: t.to(pl_module.device)))
 
     def at(self, trainer: Trainer, pl_module: LightningModule) -> Query:
         """The query with an example on the module's device.

@@ -64,8 +64,8 @@ class CheckpointAuditor(Callback):
             verified upper bound is above the limit. The message says whether the constant itself is above it, or
             whether that is undecided because the lower bound is not.
         prefix: first part of the names logged.
-        example: an input of the network, or of the submodule; None takes the module's `example_input_array`, or else the
-            first training batch.
+        example: an input of the network, or of the submodule; None takes the module's `example_input_array`, or else what
+            `forward` is called with in training.
         gap: relative gap at which an audit is closed.
         outputs, inputs: what of the outputs, and with respect to what, as for `lipguard.bound`: outputs="policy.logits" for one
             of several tensors that the network returns.

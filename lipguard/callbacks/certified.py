@@ -6,7 +6,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from lipguard.bounds.robustness import Method, certify, one_box
 from lipguard.callbacks.asked import Asked, named, number, on_failure_of, whole
 from lipguard.callbacks.base import Callback
+from lipguard.callbacks.example import described
 from lipguard.capture.capture import network_of
 from lipguard.certificate import Box
 from lipguard.errors import InvalidDomain, InvalidExample, UnknownName
@@ -50,7 +51,8 @@ class CertifiedAccuracy(Callback):
         max_samples: samples at most, of each process.
         seconds: time budget of one validation.
         submodule: dotted name of the part that maps samples to logits; None for the module's `forward`.
-        select: from a batch to (samples, labels); None takes the first two tensors of a sequence.
+        select: from a batch to (samples, labels); None takes the first two tensors of a sequence, and of a mapping the tensor
+            that `forward` takes and the first whole numbers, one for each sample.
         prefix: first part of the names logged.
         on_failure: "warn" (once), "ignore" or "raise".
         norm: 2, the norm of the balls; others are refused.
@@ -123,7 +125,7 @@ class CertifiedAccuracy(Callback):
         if missing <= 0 or dataloader_idx != 0 or not self._due(trainer):
             return
         try:
-            x, y = (_first_two if self.select is None else self.select)(batch)
+            x, y = self._pair(pl_module, batch) if self.select is None else self.select(batch)
             self._samples.append((x[:missing].detach().clone(), y[:missing].detach().clone()))
         except Exception as error:
             self._fail(error)
@@ -151,6 +153,15 @@ class CertifiedAccuracy(Callback):
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
+
+    def _pair(self, pl_module: LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
+        """Samples and labels: the first two tensors of a sequence; of a mapping what forward takes, and whole numbers."""
+        if not isinstance(batch, Mapping):
+            return _first_two(batch)
+        x, y = self.asked.of_batch(pl_module, batch)
+        if x is None or y is None:
+            raise InvalidExample(f"a validation batch of {described(batch)} holds no samples with labels. Give select=...")
+        return x, y
 
     def _due(self, trainer: Trainer) -> bool:
         if trainer.sanity_checking or trainer.barebones:

@@ -65,8 +65,8 @@ class LipschitzMonitor(Callback):
         prefix: first part of the names logged, unique among the monitors of one Trainer. The slash behind it makes a
             directory in a checkpoint's filename: give ModelCheckpoint `auto_insert_metric_name=False`.
         on_failure: "warn" (once), "ignore" or "raise" when a measurement fails. Training goes on in the first two.
-        example: an input of the network, or of the submodule; None takes the module's `example_input_array`, or else the
-            first training batch.
+        example: an input of the network, or of the submodule; None takes the module's `example_input_array`, or else what
+            `forward` is called with in training.
         solver: solver that proposes the bound, as for `lipguard.bound`.
         outputs, inputs: what of the outputs, and with respect to what, as for `lipguard.bound`: outputs="policy.logits" for one
             of several tensors that the network returns.

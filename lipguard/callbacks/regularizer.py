@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lipguard.callbacks.asked import Asked, number, on_failure_of, overlap, part_name
 from lipguard.callbacks.base import Callback
 from lipguard.callbacks.checkpoint_saves import bypassed
-from lipguard.callbacks.example import described, inputs_and_labels
+from lipguard.callbacks.example import described
 from lipguard.callbacks.penalty_options import check_goal, penalty_options
 from lipguard.capture.selection import selected
 from lipguard.certificate import Ball, Box
@@ -64,10 +64,11 @@ class LipschitzRegularizer(Callback):
         controller: further arguments of the rule for the weight: those of `lipguard.penalties.control.Target` or `Discrepancy`.
         warmup_steps: optimizer steps at the beginning during which the weight is 0.
         submodule: dotted name of the part to regularise; None for the whole module's `forward`.
-        example: an input of the network; None takes the module's `example_input_array`, or else the first training batch.
+        example: an input of the network; None takes the module's `example_input_array`, or else what
+            `forward` takes of the first training batch.
             A tuple or a mapping of tensors, where it takes several.
-        unpack: batch -> (inputs, labels), for penalties that need them; None takes the first floating-point tensor of the
-            batch and the first integer tensor of the same length.
+        unpack: batch -> (inputs, labels), for penalties that need them; None takes the tensor that was found to be the input,
+            else the first of floating point, and the first integer tensor of the same length.
         prefix: first part of the names logged.
         on_failure: "warn" (once), "ignore" or "raise" when a penalty fails in a step; the step is then taken without it.
         outputs, inputs: what of the outputs, and with respect to what, as for `lipguard.bound`: outputs="policy.logits" for one
@@ -341,7 +342,7 @@ class LipschitzRegularizer(Callback):
     def _unpacked(self) -> tuple[Tensor | None, Tensor | None]:
         if self.unpack is not None:
             return self.unpack(self._batch)
-        return inputs_and_labels(self._batch)
+        return self.asked.unpacked(self._batch)
 
     def _differentiate(self, pl_module: LightningModule, parameters: list[torch.nn.Parameter]) -> tuple[float, list[Tensor]]:
         assert self._penalty is not None

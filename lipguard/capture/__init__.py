@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from lipguard.capture.capture import capture, lowers, network_of
 from lipguard.capture.trace import Trace, Value
+from lipguard.capture.ways import Model
 
-__all__ = ["Trace", "Value", "capture", "lowers", "network_of"]
+__all__ = ["Model", "Trace", "Value", "capture", "lowers", "network_of"]

@@ -1,10 +1,10 @@
-"""How a module is called: its arguments, of which one tensor varies and the others are held at the example's values."""
+"""How a module is called: its arguments, of which some tensors vary and the others are held at the example's values."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,40 +21,61 @@ Path = tuple[Any, ...]
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A call of a module as a function of one of its tensors.
+    """A call of a module as a function of one or several of its tensors, one behind the other.
 
     Attributes:
         args, kwargs: the arguments, each tensor that has a batch dimension cut to its first row.
-        path: where the tensor that varies stands.
+        varying: where the tensors that vary stand, in the order in which their entries are joined.
         batched: where the held tensors stand whose first row is repeated for every sample.
+        name: what the tensors that vary are called, "input" for the only one.
         rows: samples of the example.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    path: Path
+    varying: tuple[Path, ...]
     batched: frozenset[Path]
+    name: str
     rows: int = 1
 
     def whole(self, given: Arguments) -> Call:
         """The same call as a function of the whole example, which is one sample: no tensor is cut to its first row."""
-        return Call(given.args, given.kwargs, self.path, frozenset())
+        return Call(given.args, given.kwargs, self.varying, frozenset(), self.name)
 
     @property
     def row(self) -> Tensor:
-        """The example's first row of the tensor that varies, (1, ...)."""
-        return next(tensor for path, tensor in _tensors((self.args, self.kwargs)) if path == self.path)
+        """The example's first row of the tensor that varies, (1, ...); of several the entries one behind the other, (1, d)."""
+        parts = self._parts()
+        return parts[0] if self._whole else torch.cat([part.reshape(1, -1) for part in parts], 1)
 
     def at(self, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments (args, kwargs) where the tensor is x, (B, ...); held ones of floating point in the precision of x."""
+        """The arguments (args, kwargs) where what varies is x, (B, ...); held ones of floating point in the precision of x.
+
+        Called while x is followed, so that the parts it is cut into are followed as well.
+        """
+        parts = self._parts()
+        pieces: Sequence[Tensor] = [x]
+        if not self._whole:
+            cut = x.split([part.numel() for part in parts], 1)
+            pieces = [piece.reshape(len(x), *part.shape[1:]) for piece, part in zip(cut, parts, strict=True)]
+        placed = dict(zip(self.varying, pieces, strict=True))
 
         def put(path: Path, tensor: Tensor) -> Tensor:
-            if path == self.path:
-                return x
+            if path in placed:
+                return placed[path]
             held = tensor.to(x.dtype) if tensor.is_floating_point() else tensor
             return held.repeat(len(x), *(1 for _ in held.shape[1:])) if path in self.batched else held.clone()
 
         return _mapped((self.args, self.kwargs), put)
+
+    @property
+    def _whole(self) -> bool:
+        """Whether x is the one tensor that varies, as it is; else it is cut into them, also into one of shape (B,)."""
+        return len(self.varying) == 1 and self._parts()[0].ndim > 1
+
+    def _parts(self) -> list[Tensor]:
+        tensors = dict(_tensors((self.args, self.kwargs)))
+        return [tensors[path] for path in self.varying]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,47 +85,74 @@ class Arguments:
     Attributes:
         names: of every tensor, the path of it: by its argument's name and key, and by its place.
         listed: the names that messages list.
+        constant: the tensors that are weights of the model: they are of no batch, and vary only where they are named.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     names: dict[str, Path]
     listed: tuple[str, ...]
+    constant: frozenset[Path] = frozenset()
 
-    def of(self, inputs: int | str | None, place: str) -> Call:
-        """The call as a function of the tensor that `inputs` names, of the only one where it is None.
+    def of(self, inputs: int | str | tuple[int | str, ...] | None, place: str) -> Call:
+        """The call as a function of the tensors that `inputs` names; where it is None, of all of floating point jointly.
 
         Args:
-            inputs: place or name.
+            inputs: place or name, or several.
             place: of the module, for messages.
         Raises:
-            InvalidExample: there is none, there are several and none is chosen, or it is no batch of real numbers.
-            UnsupportedQuery: there is no such tensor.
+            InvalidExample: there is none, one is no batch of real numbers, or they are not of one batch.
+            UnsupportedQuery: there is no such tensor, or one is named twice.
         """
-        names = ", ".join(repr(int(name) if name.isdigit() else name) for name in self.listed)
-        if inputs is None and len(self.listed) > 1:
-            raise InvalidExample(
-                f"{place} takes {len(self.listed)} input tensors ({', '.join(self.listed)}); a Lipschitz constant is that of a "
-                f"function of one, the others being held at the example's values. Choose one with inputs=..., of {names}."
-            )
-        name = next(iter(self.listed)) if inputs is None else str(inputs)
-        if name not in self.names:
-            raise UnsupportedQuery(f"{place} has no input {inputs!r}; it has {names}. Choose one of these with inputs=...")
-        path = self.names[name]
         tensors = dict(_tensors((self.args, self.kwargs)))
-        chosen = tensors[path]
-        _check(chosen, "example" if len(self.listed) == 1 else f"the example's input {name!r}")
-        rows = len(chosen)
-        # A tensor of as many rows is a batch like the chosen one: (B,) times, (B, n) contexts. Others are of no batch.
-        batched = frozenset(p for p, t in tensors.items() if p != path and t.ndim and len(t) == rows)
-        args, kwargs = _mapped((self.args, self.kwargs), lambda p, t: t[:1] if p == path or p in batched else t)
-        return Call(args, kwargs, path, batched, rows)
+        chosen = self._named(inputs, place) if inputs is not None else self._floating(tensors)
+        paths = tuple(self.names[name] for name in chosen)
+        only = len(self.listed) == 1
+        for name, path in zip(chosen, paths, strict=True):
+            _check(tensors[path], "example" if only else f"the example's input {name!r}", least=2 if only else 1)
+        rows = len(tensors[paths[0]])
+        for name, path in zip(chosen, paths, strict=True):
+            if len(tensors[path]) != rows:
+                raise InvalidExample(
+                    f"{place} takes {len(self.listed)} input tensors ({', '.join(self.listed)}), and a constant with respect to "
+                    f"several needs one batch of them: {chosen[0]!r} has {rows} rows, {name!r} has {len(tensors[path])}. Choose "
+                    f"with inputs=..., of {self._spoken()}; the others are held at the example's values."
+                )
+        # A tensor of as many rows is a batch like the chosen ones: (B,) times, (B, n) contexts. Others are of no batch.
+        free = (path for path in tensors if path not in paths and path not in self.constant)
+        batched = frozenset(path for path in free if tensors[path].ndim and len(tensors[path]) == rows)
+        args, kwargs = _mapped((self.args, self.kwargs), lambda p, t: t[:1] if p in paths or p in batched else t)
+        return Call(args, kwargs, paths, batched, "input" if only else ", ".join(chosen), rows)
 
-    def first(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments (args, kwargs), every tensor of a batch cut to its first row."""
+    def first(self, rows: int = 1) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments (args, kwargs), every tensor of a batch cut to its first row, which is given `rows` times."""
         tensors = [t for _, t in _tensors((self.args, self.kwargs)) if t.ndim]
-        rows = len(next((t for t in tensors if t.is_floating_point()), tensors[0])) if tensors else 0
-        return _mapped((self.args, self.kwargs), lambda _, t: t[:1].clone() if t.ndim and len(t) == rows else t.clone())
+        held = len(next((t for t in tensors if t.is_floating_point()), tensors[0])) if tensors else 0
+
+        def cut(_: Path, t: Tensor) -> Tensor:
+            return t[:1].repeat(rows, *(1 for _ in t.shape[1:])) if t.ndim and len(t) == held else t.clone()
+
+        return _mapped((self.args, self.kwargs), cut)
+
+    def _named(self, inputs: int | str | tuple[int | str, ...], place: str) -> list[str]:
+        given = inputs if isinstance(inputs, tuple) else (inputs,)
+        for one in given:
+            if str(one) not in self.names:
+                raise UnsupportedQuery(
+                    f"{place} has no input {one!r}; it has {self._spoken()}. Choose one of these with inputs=..."
+                )
+        chosen = [str(one) for one in given]
+        if len({self.names[name] for name in chosen}) < len(chosen):
+            raise UnsupportedQuery(f"inputs={inputs!r} names one input twice. Name each once, of {self._spoken()}.")
+        return chosen
+
+    def _floating(self, tensors: dict[Path, Tensor]) -> list[str]:
+        """The names of all tensors of floating point, of the first where there are none, for the message that says so."""
+        paths = {name: self.names[name] for name in self.listed if self.names[name] not in self.constant}
+        return [name for name, path in paths.items() if tensors[path].is_floating_point()] or [self.listed[0]]
+
+    def _spoken(self) -> str:
+        return ", ".join(repr(int(name) if name.isdigit() else name) for name in self.listed)
 
 
 def arguments_of(module: nn.Module, example: Any) -> Arguments:
@@ -125,11 +173,14 @@ def arguments_of(module: nn.Module, example: Any) -> Arguments:
     return called(module, (example,), {}, bare=not isinstance(example, Tensor))
 
 
-def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bare: bool = False) -> Arguments:
+def called(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bare: bool = False, weights: Collection[int] = ()
+) -> Arguments:
     """The arguments of a call with their names.
 
     Args:
         bare: the one argument holds several tensors, which are called by their own keys and places alone.
+        weights: the `id` of each tensor that is a weight of the model around the module.
     """
     parameters = _parameters(module)
     names: dict[str, Path] = {}
@@ -146,7 +197,8 @@ def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bar
         names |= {name: path for name in mine if name not in names}
     if not listed:
         raise InvalidExample("example holds no tensor; a batch of shape (B, ...) is needed, such as torch.zeros(1, 4).")
-    return Arguments(args, kwargs, names, tuple(listed))
+    constant = frozenset(path for path, tensor in _tensors((args, kwargs)) if id(tensor) in weights)
+    return Arguments(args, kwargs, names, tuple(listed), constant)
 
 
 def required(module: nn.Module) -> list[str]:
@@ -166,8 +218,8 @@ def described(example: Any) -> str:
     return f"of {len(parts)} tensors ({'; '.join(parts)})"
 
 
-def _check(tensor: Tensor, what: str) -> None:
-    if tensor.ndim < 2 or tensor.numel() == 0:
+def _check(tensor: Tensor, what: str, least: int) -> None:
+    if tensor.ndim < least or tensor.numel() == 0:
         raise InvalidExample(f"{what} has shape {tuple(tensor.shape)}; a batch of shape (B, ...) with B >= 1 is needed.")
     if not tensor.is_floating_point():
         raise InvalidExample(f"{what} is {tensor.dtype}; a bound needs real-valued inputs, as in example.float().")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -14,8 +15,9 @@ from lipguard.capture.frozen import frozen
 from lipguard.capture.readings import Reader, checked, named_tensors
 from lipguard.capture.rules.registry import load, lowers
 from lipguard.capture.selection import embed, parts, select
-from lipguard.errors import InvalidExample, InvalidModel, LipguardError, UnknownName, UnsupportedLayer, UnsupportedQuery
-from lipguard.network import Network
+from lipguard.capture.ways import Model, example_of, rows_of, subject_of
+from lipguard.errors import InvalidExample, InvalidModel, LipguardError, UnknownName, UnsupportedQuery
+from lipguard.network import Input, Network
 from lipguard.query import Inputs, Outputs, Query
 from lipguard.rounding import FLUSHED, flushes_denormals
 
@@ -23,7 +25,7 @@ __all__ = ["capture", "lowers", "network_of"]
 
 
 def capture(
-    model: nn.Module | Network,
+    model: Model,
     example: Any = None,
     *,
     submodule: str | None = None,
@@ -35,26 +37,30 @@ def capture(
 ) -> Network:
     """The network that a module computes in evaluation mode, in float64 arithmetic on its stored weights.
 
-    The module is left exactly as it was: modes, gradients, buffers, attributes, hooks, random state. Its hooks see
-    ordinary passes over two samples, in evaluation mode, never the tracer.
+    The module is left exactly as it was: modes, gradients, buffers, attributes, hooks, random state. Its hooks run as
+    they do when deployed, on a few samples, in evaluation mode: what they change is part of the function.
 
     Args:
-        model: the module (compiled or parametrized ones too), or a `Network`, which is taken as it is.
+        model: the module (compiled, parametrized or traced by torch.fx too), a `torch.export.ExportedProgram`, or a `Network`,
+            which is taken as it is.
         example: a batch of inputs, shape (B, ...), B >= 1; only its shape and the first row matter. For a module of several
-            input tensors a tuple or a mapping of them, see `inputs`. Not needed for a `Network`.
+            input tensors a tuple or a mapping of them, see `inputs`. Not needed for a `Network`, nor where the model brings one:
+            an exported program, a module with `example_input_array`.
         submodule: path of the submodule to bound. `example` is then an input of `model`, run once to see what arrives at
             the submodule, or, where that fails, an input of the submodule itself.
         outputs: a matrix (k, m) applied to the m outputs, or a pair (i, j) of classes, for output i minus output j. Where the
             module returns several tensors: the place, key or name of one ("policy.logits" where nested), or a pair of that
             and one of the former.
         inputs: a matrix E (d, k), for the function z -> f(E z); or, where the module takes several tensors, the place or the
-            argument's name of one. The others are held at the example's values: where they are batches, at the first row's.
+            argument's name of one, or a tuple of several. The others are held at the example's values: where they are batches,
+            at the first row's. None: all tensors of floating point, jointly. Of several the entries of one sample stand one
+            behind the other, in the order named.
         live: keep the weights in the autograd graph, for penalties; else they are detached copies.
         norm, domain: refused: they belong to the bound of the network.
     Returns:
         A `Network` with d inputs (k where `inputs` is a matrix) and m outputs: the entries of one sample, in row-major order.
     Raises:
-        InvalidExample: the example does not fit the module, or holds several tensors of which none is chosen.
+        InvalidExample: the example does not fit the module, or holds several tensors that are not of one batch.
         InvalidModel: weights are nan, infinite or not initialised yet.
         UnsupportedLayer: a call has no rule, or the module does something that capture would misread.
         UnknownName: there is no such submodule.
@@ -70,7 +76,7 @@ def capture(
     return network_of(model, query, live=live)
 
 
-def network_of(model: nn.Module | Network, query: Query, *, live: bool = False, repeated: bool = False) -> Network:
+def network_of(model: Model, query: Query, *, live: bool = False, repeated: bool = False) -> Network:
     """The network whose constant a query asks for: of its submodule, inputs and outputs; see `capture`.
 
     Args:
@@ -81,6 +87,9 @@ def network_of(model: nn.Module | Network, query: Query, *, live: bool = False, 
     which, functional = parts(query.outputs)
     matrix = query.inputs if isinstance(query.inputs, Tensor) else None
     source = None if isinstance(query.inputs, Tensor) else query.inputs
+    if query.example is None:
+        query = replace(query, example=example_of(model))
+    model = subject_of(model)
     if isinstance(model, Network):
         network = model
         for name, value in (("outputs", which), ("inputs", source), ("submodule", query.submodule)):
@@ -89,36 +98,31 @@ def network_of(model: nn.Module | Network, query: Query, *, live: bool = False, 
                     f"{name}={value!r} chooses among the parts of a module; a Network has one of each. Give the module and an "
                     f"example, or capture it with {name}={value!r}."
                 )
-    elif isinstance(model, nn.Module):
+    else:
         if query.example is None:
             raise InvalidExample("a module needs an example input, a batch (1, ...) of the shape it takes. Give example=...")
         if flushes_denormals():
             raise InvalidModel(FLUSHED)
         load()
         network = _capture(_unwrap(model), query, live, which, source, repeated or live)
-    else:
-        raise InvalidModel(f"model is {type(model).__name__}; an nn.Module or a lipguard.Network is needed.")
     if matrix is not None:
         network = embed(network, matrix)
     return network if functional is None else select(network, functional)
 
 
-def _capture(model: nn.Module, query: Query, live: bool, which: str | None, source: int | str | None, repeated: bool) -> Network:
+def _capture(model: nn.Module, query: Query, live: bool, which: str | None, source: Any, repeated: bool) -> Network:
     _check(model)
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            place = f"model.{name}" if name else "model"
-            raise UnsupportedLayer(f"{place} is a scripted module, which hides its calls. Capture the module it was made from.")
+    rows = rows_of(model)
     with frozen(model):
         part, root = model, "model"
         given = _arguments(model, query.example)
         if query.submodule:
             part, root = _find(model, query.submodule), f"model.{query.submodule}"
-            given = _arriving(model, part, given) or _arguments(part, query.example)
+            given = _arriving(model, part, given, rows or 1) or _arguments(part, query.example)
         call = given.of(source, f"{root} ({type(part).__name__})")
-        reader = Reader(part, call, 0, root, which)
+        reader = Reader(part, call, 0, root, which, rows)
         try:
-            reading = reader.read(call.row, live)
+            reading = reader.read(reader.samples(), live)
         except LipguardError:
             if reader.runs():
                 raise
@@ -126,8 +130,9 @@ def _capture(model: nn.Module, query: Query, live: bool, which: str | None, sour
             whole = Reader(part, call.whole(given), None, root, which)
             if not whole.runs():
                 raise
-            reader, reading = whole, whole.read(whole.call.row, live)
-        return checked(reader, reading, repeated)
+            reader, reading = whole, whole.read(whole.samples(), live)
+        network = checked(reader, reading, repeated)
+    return Network((Input(network.inputs, call.name), *network.nodes[1:]))
 
 
 def _arguments(module: nn.Module, example: Any) -> Arguments:
@@ -143,8 +148,12 @@ class _Arrived(Exception):
     """Ends a run of the whole model at the submodule."""
 
 
-def _arriving(model: nn.Module, part: nn.Module, given: Arguments) -> Arguments | None:
-    """What `part` is called with when the model runs on the example's first row; None if it does not get there."""
+def _arriving(model: nn.Module, part: nn.Module, given: Arguments, rows: int) -> Arguments | None:
+    """What `part` is called with when the model runs on the example's first row; None if it does not get there.
+
+    Args:
+        rows: how often the row is given. One, where the model takes that: a constant of more rows is then no batch.
+    """
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -154,13 +163,13 @@ def _arriving(model: nn.Module, part: nn.Module, given: Arguments) -> Arguments 
     handle = part.register_forward_pre_hook(record, with_kwargs=True, prepend=True)
     try:
         with torch.no_grad():
-            args, kwargs = given.first()
+            args, kwargs = given.first(rows)
             model(*args, **kwargs)
     except Exception:  # the example is then the submodule's own input; errors are told there
         pass
     finally:
         handle.remove()
-    return called(part, *seen[0]) if seen else None
+    return called(part, *seen[0], weights={id(tensor) for _, tensor in named_tensors(model)}) if seen else None
 
 
 def _find(model: nn.Module, path: str) -> nn.Module:

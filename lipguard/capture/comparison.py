@@ -41,11 +41,15 @@ class Comparison:
     """
 
     def __init__(self, network: Network, steps: Network, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:
-        units = torch.tensor([torch.finfo(dtype).eps / 2 for dtype in dtypes], dtype=torch.float64, device=x.device)
+        kinds = [torch.finfo(dtype) for dtype in dtypes]
+        units, least = (
+            torch.tensor(numbers, dtype=torch.float64, device=x.device)[:, None, None]
+            for numbers in ([kind.eps / 2 for kind in kinds], [kind.smallest_normal * kind.eps for kind in kinds])
+        )
         with torch.no_grad():
             self.values = network(x)
-            _, variances = steps.conclude(_Rounding(x, units[:, None, None]))
-        self._deviation = dict(zip(dtypes, variances.sqrt(), strict=True))
+            deviations = steps.conclude(_Rounding(x, units, least))[1]
+        self._deviation = dict(zip(dtypes, deviations, strict=True))
 
     def disagreement(self, y: Tensor, dtype: torch.dtype) -> float | None:
         """The largest difference of a module's results from the network's values, where rounding cannot explain it; else None.
@@ -61,43 +65,51 @@ class Comparison:
 
 
 class _Rounding(Walk[tuple[Tensor, Tensor]]):
-    """Values, (rows, size), and the variances of their errors for every unit of roundoff, (units, rows, size)."""
+    """Values, (rows, size), and the standard deviations of their errors for every precision, (precisions, rows, size).
 
-    def __init__(self, x: Tensor, units: Tensor) -> None:
-        self.x, self.units = x, units
+    Args:
+        x: inputs.
+        units, least: unit of roundoff and least positive number of each precision, (precisions, 1, 1).
+    """
+
+    def __init__(self, x: Tensor, units: Tensor, least: Tensor) -> None:
+        self.x, self.units, self.least = x, units, least
 
     def input(self, i: int, node: Input) -> tuple[Tensor, Tensor]:
         # Rounded once where the module runs in less than the precision of x.
-        return self.x, (self.units * self.x).square()
+        return self.x, self.units * self.x.abs()
 
     def affine(self, i: int, node: Affine, read: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        x, variance = read
-        through, size = node.operator.mapped(torch.square)(variance), node.operator.abs()(x.abs())
+        x, s = read
+        absolute, terms = node.operator.abs(), node.operator.terms
+        # Errors of one term go through as they are, however small; those of several add up as independent ones do.
+        through = absolute(s) if terms <= 1 else node.operator.mapped(torch.square)(s.square()).sqrt_()
+        size = absolute(x.abs())
         if node.bias is not None:
             size = size + node.bias.abs()
-        return node.value(x), through + (node.operator.terms + 1) * self.units.square() * size.square()
+        return node.value(x), torch.hypot(through, math.sqrt(terms + 1) * (self.units * size + self.least))
 
     def activation(self, i: int, node: Activation, read: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        x, variance = read
+        x, s = read
         value = node.value(x)
         steepest = torch.maximum(*(end.abs() for end in node.slopes))
         own = value.abs() + steepest * x.abs().clamp(min=1)
         own = _ULPS * self.units * own + node.function.rounding(x) + _SWITCH  # the module's rounding, and that of the value here
-        return value, (steepest * variance.sqrt() + own).square_()
+        return value, steepest * s + own
 
     def total(self, i: int, node: Sum, *read: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         value = node.value(*(x for x, _ in read))
-        through, size = sum(variance for _, variance in read), sum(x.abs() for x, _ in read)
-        return value, through + (self.units * size).square()
+        size = sum(x.abs() for x, _ in read)
+        return value, sum(s for _, s in read) + self.units * size
 
     def other(self, i: int, node: Vertex, *read: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Any other function of a few entries: how far errors of both signs move it."""
-        (x, variance) = read[0]
+        (x, deviation) = read[0]
         value = node.value(x)
         generator = torch.Generator("cpu").manual_seed(0)
-        moved = torch.zeros(len(variance), *value.shape, dtype=value.dtype, device=value.device)
+        moved = torch.zeros(len(deviation), *value.shape, dtype=value.dtype, device=value.device)
         for _ in range(4):
             sign = torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1
-            moved = torch.maximum(moved, torch.stack([node.value(x + sign * s.sqrt()) - value for s in variance]).abs())
+            moved = torch.maximum(moved, torch.stack([node.value(x + sign * s) - value for s in deviation]).abs())
         solved = _SOLVED * value.abs().amax() if node.loop is not None else 0.0
-        return value, (2 * moved + _ULPS * self.units * value.abs() + solved).square()
+        return value, 2 * moved + _ULPS * self.units * value.abs() + solved

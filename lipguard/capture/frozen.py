@@ -6,7 +6,7 @@ import random
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -38,7 +38,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if any(module.training for module in modules):
-            model.eval()  # a class may do more than set its mode: merge weights, or forget those it kept
+            with suppress(NotImplementedError):  # of an exported program, which has one mode
+                model.eval()  # a class may do more than set its mode: merge weights, or forget those it kept
         for module in modules:
             module.__dict__["training"] = False
         yield

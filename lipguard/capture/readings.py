@@ -69,6 +69,7 @@ class Reader:
         axis: 0 where the tensor is a batch, None where it is one sample as a whole.
         root: the module's path, for messages.
         which: the output that is meant, see `choose`.
+        fixed: the number of samples in every batch, where the module takes no other.
     """
 
     module: nn.Module
@@ -76,6 +77,7 @@ class Reader:
     axis: int | None
     root: str
     which: str | None
+    fixed: int | None = None
 
     @property
     def place(self) -> str:
@@ -103,8 +105,8 @@ class Reader:
 
                 return run
 
-            args, kwargs = self.call.at(x)
             with intercepted(self.module, forward), tracer.running():
+                args, kwargs = self.call.at(x)
                 output = run_module(self.module, args, kwargs, self.root)
         value = tracer.value(choose(output, self.which, self.place))
         if value is None:
@@ -114,10 +116,14 @@ class Reader:
         output = trace.settled(value.node)
         return Reading(tuple(trace.nodes), output, value.axis)
 
+    def samples(self) -> Tensor:
+        """The example's first sample, as often as the module needs it."""
+        return self.call.row if self.fixed is None else self.call.row.repeat(self.fixed, *(1 for _ in self.call.row.shape[1:]))
+
     def runs(self) -> bool:
         """Whether the module runs on the example's first sample."""
         try:
-            self.results(self.call.row, self.call.row.dtype)
+            self.results(self.samples(), self.call.row.dtype)
         except Exception:  # told where the module is read
             return False
         return True
@@ -148,7 +154,7 @@ class Reader:
         overflow = True
         batch = self.axis == 0  # whether several samples are computed as one is, each in its row
         for count, scale in (*_SIZES, *([(self.call.rows, 1.0)] if self.call.rows > len(_SIZES) else [])):
-            x = torch.cat([_noisy(self.call.row, scale, generator) for _ in range(count if batch else 1)])
+            x = torch.cat([_noisy(self.call.row, scale, generator) for _ in range(self.fixed or (count if batch else 1))])
             comparison = Comparison(network, steps, self.rows(x), dtypes)
             values = comparison.values
             if not bool(values.isfinite().all()):
@@ -265,9 +271,9 @@ def run_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         missing = required(module)
         if missing and len(args) + len(kwargs) < len(missing):
             raise InvalidExample(
-                f"{root} ({type(module).__name__}) takes {len(missing)} inputs ({', '.join(missing)}); a Lipschitz constant is "
-                f"that of a function of one, the others being held fixed. Give example=({', '.join(missing)}), a tuple of all of "
-                f"them, and choose one with inputs={missing[0]!r}."
+                f"{root} ({type(module).__name__}) takes {len(missing)} inputs ({', '.join(missing)}). Give "
+                f"example=({', '.join(missing)}), a tuple of all of them. The constant is then with respect to all of them "
+                f"jointly; with inputs={missing[0]!r} it is with respect to one, the others being held at the example's values."
             ) from error
         given = args[0] if len(args) == 1 and not kwargs else (*args, *kwargs.values())
         raise InvalidExample(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lipguard.query import Query
 
-__all__ = ["add_query", "asked", "example_of", "query_of", "typed_here"]
+__all__ = ["add_query", "asked", "example_of", "module_of", "query_of", "typed_here"]
 
 _FIELDS = ("norm", "domain", "outputs", "inputs", "submodule")
 
@@ -39,7 +39,11 @@ def add_query(parser: ArgumentParser, default: str = "") -> None:
         help="one of several tensors (policy.logits), two classes (3,5), a matrix ([[1,0]]), or both (policy:3,5); default: "
         f"{default or 'all'}",
     )
-    parser.add_argument("--inputs", type=str | None, help="one of several input tensors (x, or 0), or a matrix ([[1],[0]])")
+    parser.add_argument(
+        "--inputs",
+        type=str | None,
+        help=f"one of several input tensors (x, or 0), several (x,context), or a matrix ([[1],[0]]); default: {default or 'all'}",
+    )
     parser.add_argument("--submodule", type=str | None, help="dotted name of the part of the module that is meant")
     parser.add_argument(
         "--input-shape",
@@ -54,6 +58,19 @@ def asked(options: Namespace) -> dict[str, Any]:
     return {name: value for name in _FIELDS if (value := options[name]) is not None}
 
 
+def module_of(options: Namespace, path: str | Path) -> nn.Module:
+    """The module of a checkpoint or of an ONNX model, as the options say.
+
+    Raises:
+        LipguardError: it cannot be read; the message says what to type.
+    """
+    from lipguard.checkpoint import load_module
+
+    given = options.example is not None or options.input_shape is not None
+    example = example_of(options, None) if given and Path(path).suffix == ".onnx" else None
+    return load_module(path, model=options.model, trust=options.trust, example=example)
+
+
 def query_of(options: Namespace, module: nn.Module) -> Query:
     """The query, with an example for the module.
 
@@ -65,7 +82,7 @@ def query_of(options: Namespace, module: nn.Module) -> Query:
     return Query(**asked(options), example=example_of(options, module))
 
 
-def example_of(options: Namespace, module: nn.Module) -> Any:
+def example_of(options: Namespace, module: nn.Module | None) -> Any:
     """The example input that `--example` or `--input-shape` gives, or the module's own.
 
     Raises:

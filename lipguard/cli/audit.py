@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lipguard.cli.asking import add_query, asked, example_of
+from lipguard.cli.asking import add_query, asked, example_of, module_of
 from lipguard.cli.text import Cell, Screen, progress
 from lipguard.errors import InvalidModel, LipguardError, NotCertified, UnreadableCheckpoint, UnsupportedQuery
 from lipguard.outward import show
@@ -27,7 +27,7 @@ __all__ = ["add_audit", "audit", "verify"]
 
 DONE, NOT_CERTIFIED, BAD_INPUT = 0, 1, 2
 
-_CHECKPOINTS = (".ckpt", ".pt", ".pth")
+_CHECKPOINTS = (".ckpt", ".pt", ".pth", ".onnx", ".safetensors")
 _RECORD, _PENDING = ".lipguard.json", ".lipguard.pending.json"
 
 Answer = tuple[int, dict[str, object]]
@@ -144,7 +144,7 @@ def _started(path: Path, pool: Pool, options: Namespace, changes: dict[str, Any]
         unchanged = record is not None and wanted.json() == before.json()
         if record is not None and record.enclosure is not None and unchanged and not options.force and options.model is None:
             return _found(path, record, "up to date")
-        if options.model is not None or options.trust:
+        if options.model is not None or options.trust or path.suffix == ".onnx":
             subject = _captured(path, options, wanted.query)
         elif record is not None and record.network is not None and _another(before.query, wanted.query):
             raise InvalidModel(
@@ -169,9 +169,8 @@ def _another(before: Query, after: Query) -> bool:
 def _captured(path: Path, options: Namespace, query: Query) -> Subject:
     from lipguard.audit.run import subject_of
     from lipguard.audit.weights import read_contents
-    from lipguard.checkpoint import load_module
 
-    module = load_module(path, model=options.model, trust=options.trust)
+    module = module_of(options, path)
     return subject_of(module, dataclasses.replace(query, example=example_of(options, module)), read_contents(path))
 
 
@@ -246,9 +245,9 @@ def _expected(record: AuditRecord, options: Namespace) -> None:
 
 def _recaptured(checkpoint: Path, record: AuditRecord, options: Namespace) -> Network:
     from lipguard.capture.capture import network_of
-    from lipguard.checkpoint import example_input, load_module
+    from lipguard.checkpoint import example_input
 
-    module = load_module(checkpoint, model=options.model, trust=options.trust)
+    module = module_of(options, checkpoint)
     if options.example is not None or options.input_shape is not None:
         example = example_of(options, module)
     else:

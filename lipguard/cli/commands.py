@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lipguard.cli.asking import add_query, asked, example_of, query_of
+from lipguard.cli.asking import add_query, asked, example_of, module_of, query_of
 from lipguard.errors import InvalidExample
 
 if TYPE_CHECKING:
@@ -50,9 +50,8 @@ def add_commands(commands: Any) -> None:
 def bounded(options: Namespace) -> Certificate:
     """The bound that is asked for."""
     from lipguard.bounds import bound
-    from lipguard.checkpoint import load_module
 
-    module = load_module(options.checkpoint, model=options.model, trust=options.trust)
+    module = module_of(options, options.checkpoint)
     query = query_of(options, module)
     return bound(
         module,
@@ -70,10 +69,9 @@ def bounded(options: Namespace) -> Certificate:
 
 def enclosed(options: Namespace) -> Answer:
     """The enclosure that is asked for; exit code 0 if both ends are verified."""
-    from lipguard.checkpoint import load_module
     from lipguard.exact import exact
 
-    module = load_module(options.checkpoint, model=options.model, trust=options.trust)
+    module = module_of(options, options.checkpoint)
     query = query_of(options, module)
     found = exact(
         module,
@@ -98,13 +96,12 @@ def enclosed(options: Namespace) -> Answer:
 def certified(options: Namespace) -> Answer:
     """The radii that are asked for; exit code 0 if every sample is certified."""
     from lipguard.bounds.robustness import certify
-    from lipguard.checkpoint import load_module
     from lipguard.query import Query
 
     if options.data is None or options.eps is None:
         missing = "--data FILE" if options.data is None else "--eps 0.1"
         raise InvalidExample(f"certify needs samples with their labels and a radius: {missing} is missing.")
-    module = load_module(options.checkpoint, model=options.model, trust=options.trust)
+    module = module_of(options, options.checkpoint)
     samples, labels = _data(options.data)
     given = options.example is not None or options.input_shape is not None
     example = example_of(options, module) if given or options.inputs is not None else samples[:1]
@@ -153,7 +150,9 @@ def _parser(description: str) -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(description=description, exit_on_error=False)
-    parser.add_argument("checkpoint", type=str, help="a Lightning checkpoint, a state_dict, or a whole module (with --trust)")
+    parser.add_argument(
+        "checkpoint", type=str, help="an ONNX model, a Lightning checkpoint, a state_dict, or a whole module (with --trust)"
+    )
     parser.add_argument("--model", type=str | None, help="module.Class, or a factory, that builds the module")
     add_query(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document")

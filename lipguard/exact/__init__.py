@@ -7,12 +7,10 @@ import math
 import time
 from typing import Any, Literal
 
-from torch import nn
-
 from lipguard import registry
 from lipguard.bounds.method import check_options, refuse_untaken
 from lipguard.bounds.spectral import Spectral
-from lipguard.capture import network_of
+from lipguard.capture import Model, network_of
 from lipguard.certificate import Domain, Enclosure, Query
 from lipguard.errors import UnsupportedQuery
 from lipguard.exact.enumeration import region_estimate
@@ -43,7 +41,7 @@ _BOUNDS_SECONDS = 5.0
 
 
 def exact(
-    model: nn.Module | Network,
+    model: Model,
     example: Any = None,
     *,
     domain: Domain | None = None,
@@ -76,7 +74,8 @@ def exact(
         formulation: of the mixed-integer methods: with lipguard's bounds ("tightened"), or the program as "published",
             with interval propagation alone, to compare solvers by.
         outputs: a matrix (k, m) applied to the outputs, or a pair of classes (i, j) for the margin y_i - y_j.
-        inputs: with respect to what: a matrix (d, k), or which of several input tensors, by its place or name.
+        inputs: with respect to what: a matrix (d, k), or which of several input tensors, by its place or name, or a tuple of
+            several. None: all of them of floating point, jointly; the `choice` says which.
         submodule: name of the submodule to bound instead of the whole.
     Returns:
         lower <= constant <= upper. The lower end is verified; `upper_certificate.rigor` says whether the upper is.
@@ -97,7 +96,8 @@ def exact(
     network, query = network_of(model, query), query.of_network()
     problem(network, query)  # bad input is refused here, before any method starts
     if chosen is not None:
-        return _not_above_product(network, query, chosen(network, query), chosen.gap)
+        enclosure = _not_above_product(network, query, chosen(network, query), chosen.gap)
+        return dataclasses.replace(enclosure, choice=" ".join(filter(None, (enclosure.choice, _stated(network)))))
     started = time.monotonic()
     name, choice = choose(network, query)
     enclosure = _run(name, network, query, given, common)
@@ -110,7 +110,12 @@ def exact(
         choice = f"{choice} {why}"
         enclosure = _narrower(enclosure, _run(name, network, query, given | {"region": "both"}, common | {"time_limit": left}))
     enclosure = _not_above_product(network, query, enclosure, gap)
-    return dataclasses.replace(enclosure, choice=f"{choice} {enclosure.choice}".strip())
+    return dataclasses.replace(enclosure, choice=" ".join(filter(None, (choice, enclosure.choice, _stated(network)))))
+
+
+def _stated(network: Network) -> str:
+    """With respect to what, where that was chosen among several inputs."""
+    return f"{network.respect[0].upper()}{network.respect[1:]}." if network.respect else ""
 
 
 def _built(method: str | ExactMethod, given: dict[str, Any], common: dict[str, Any]) -> ExactMethod:

@@ -36,6 +36,12 @@ class Network:
         return self.sizes[0]
 
     @property
+    def respect(self) -> str:
+        """With respect to what the constant is, in words, where the inputs are some of several tensors; else nothing."""
+        name = self.nodes[0].name
+        return "" if name == "input" else f"with respect to {name}{' jointly' if ', ' in name else ''}"
+
+    @property
     def outputs(self) -> int:
         """Number of outputs m."""
         return self.sizes[-1]

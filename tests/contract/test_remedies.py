@@ -52,7 +52,12 @@ REMEDIES: dict[str, tuple[Callable[[], Any], str, Callable[[], Any]]] = {
         lambda: lg.Tracker(HEADS, X).update(), "outputs=", lambda: lg.Tracker(HEADS, X, outputs="logits").update()
     ),
     "several inputs": (lambda: lg.bound(TWO, X), r"Give example=\(x, y\).*inputs='x'", lambda: lg.bound(TWO, (X, Y), inputs="x")),
-    "several inputs, given": (lambda: lg.bound(TWO, (X, Y)), "Choose one with", lambda: lg.bound(TWO, (X, Y), inputs="y")),
+    "several inputs of two batches": (
+        lambda: lg.bound(TWO, (X, Y[0])), "Choose with inputs=", lambda: lg.bound(TWO, (X, Y[0]), inputs="x")
+    ),
+    "no inputs": (
+        lambda: lg.bound(TWO, (X, Y), inputs=0.5), r"inputs=\('x', 'y'\)", lambda: lg.bound(TWO, (X, Y), inputs=("x", "y"))
+    ),
     "no such input": (lambda: lg.bound(TWO, (X, Y), inputs="z"), "it has 'x', 'y'", lambda: lg.bound(TWO, (X, Y), inputs="y")),
     "whole numbers": (lambda: lg.bound(NET, X.long()), r"example\.float\(\)", lambda: lg.bound(NET, X.long().float())),
     "no tensor": (lambda: lg.bound(NET, (1, 4)), r"torch\.zeros\(1, 4\)", lambda: lg.bound(NET, torch.zeros(1, 4))),

@@ -30,7 +30,7 @@ def test_rich_is_not_required_and_the_test_extra_has_everything_that_needs_no_li
     } == REQUIRED  # fmt: skip
     given = re.search(r"lipguard\[([\w,]+)\]", EXTRAS["test"][0])
     assert given is not None
-    assert set(given[1].split(",")) == {"cli", "demo", "parallel", "solvers"}
+    assert set(given[1].split(",")) == {"cli", "demo", "onnx", "parallel", "safetensors", "solvers"}
     assert "lipguard[clarabel,highs,scip]" in EXTRAS["solvers"]
 
 

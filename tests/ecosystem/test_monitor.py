@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lipguard import Box, LipschitzMonitor
-from lipguard.callbacks.example import first_sample
+from lipguard.callbacks.example import first_row, leaves
 from lipguard.errors import InvalidExample, InvalidModel, LipguardError, UnsupportedLayer, UnsupportedQuery
 from lipguard.outward import narrowed
 
@@ -176,11 +176,12 @@ def test_example_comes_from_the_first_batch_or_the_argument(tmp_path):
         assert math.isfinite(monitor.last.upper.value)
 
 
-def test_first_sample_searches_nested_batches():
-    x = torch.ones(5, 3)
-    batch = {"id": torch.arange(5), "name": "a", "pair": [torch.zeros(0, 2), (x, 1)]}
-    assert first_sample(batch).shape == (1, 3)
-    assert first_sample(["text", 3]) is None
+def test_the_first_row_of_a_nested_batch():
+    batch = {"id": torch.arange(5), "name": "a", "pair": [torch.zeros(2, 2), (torch.ones(5, 3), 1)], "scale": torch.tensor(2.0)}
+    row = first_row(batch)
+    assert [path for path, _ in leaves(row)] == [("id",), ("pair", 0), ("pair", 1, 0), ("scale",)]
+    assert [tuple(tensor.shape) for _, tensor in leaves(row)] == [(5,), (1, 2), (5, 3), ()]
+    assert first_row({"x": torch.ones(5, 3), "y": torch.arange(5), "z": [1]})["y"].tolist() == [0]
 
 
 # When it is measured.

@@ -1,6 +1,8 @@
 """What is asked, as people write it: norms, domains, outputs and inputs in Python, on a command line, in a YAML file."""
 
+import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,7 +120,20 @@ def test_what_are_no_outputs_is_refused(value: object) -> None:
         outputs_from(value)
 
 
-@pytest.mark.parametrize("value", [True, 0.5, {"a": 1}, [1, 2], "", (0, 1)])
+@pytest.mark.parametrize(
+    ("value", "meant"),
+    [
+        ("x", "x"), (1, 1), ("x, context", ("x", "context")), ("0,1", (0, 1)), ([0, "c"], (0, "c")), (("x",), ("x",)),
+        (["a,b"], ("a,b",)),
+    ],
+)  # fmt: skip
+def test_inputs_as_people_write_them(value: Any, meant: object) -> None:
+    query = Query(inputs=value)
+    assert query.inputs == meant
+    assert Query.of_json(json.loads(json.dumps(query.json())), None).inputs == meant
+
+
+@pytest.mark.parametrize("value", [True, 0.5, {"a": 1}, [], "", "x,", (True, "x"), (0.5, "x"), [["x"]]])
 def test_what_are_no_inputs_is_refused(value: object) -> None:
     with pytest.raises(UnsupportedQuery, match="inputs='x'"):
         inputs_from(value)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from lipguard.capture.rules.arithmetic import scaled
 from lipguard.capture.rules.rearrange import widened
 from lipguard.capture.rules.registry import lowers
 from lipguard.capture.trace import Trace, Value
@@ -85,9 +86,14 @@ def softshrink(trace: Trace, input: Value, lambd: float = 0.5) -> int:
 
 
 @lowers("elu")
-def elu(trace: Trace, input: Value, alpha: float = 1.0, inplace: bool = False) -> int:
-    """z, or alpha (e^z - 1) below 0."""
-    return trace.activation(input, smooth.elu(float(alpha)))
+def elu(
+    trace: Trace, input: Value, alpha: float = 1.0, inplace: bool = False, *, scale: float = 1.0, input_scale: float = 1.0
+) -> int:
+    """z, or alpha (e^(input_scale z) - 1) below 0, times scale: what elu, celu and selu are in a decomposed program."""
+    if input_scale != 1 and alpha * input_scale != 1:
+        trace.refuse(f"has input_scale = {input_scale}, for which there is no rule. Use elu, celu or selu.")
+    function = smooth.elu(float(alpha)) if input_scale == 1 else smooth.celu(float(alpha))
+    return scaled(trace, trace.value(trace.activation(input, function), input.tensor), scale)
 
 
 @lowers("celu")

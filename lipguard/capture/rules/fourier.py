@@ -212,8 +212,8 @@ def conj(trace: Trace, input: Value) -> int:
 def length(trace: Trace, input: Value) -> int:
     """|z|: the length of the pair, of constant 1."""
     both = pairs(trace, input)
-    parts = [rearrange.moved(trace, both, lambda code, k=k: code[..., k]) for k in (0, 1)]
-    return of_pairs(trace, *parts, Length)
+    first, second = (rearrange.moved(trace, both, lambda code, k=k: code[..., k]) for k in (0, 1))
+    return of_pairs(trace, first, second, Length)
 
 
 @lowers_complex("angle")

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
+from lipguard.capture.rules.overloads import Overload, by_name
+
 if TYPE_CHECKING:
     from lipguard.capture.trace import Placed, Trace, Value
 
@@ -24,7 +26,7 @@ Rule = Callable[..., "int | Placed | tuple[int | Placed | None, ...] | None"]
 RuleT = TypeVar("RuleT", bound=Rule)
 
 _FAMILIES = (
-    "activation", "arithmetic", "convolution", "coupled", "refused", "linear", "normalization", "pooling", "products",
+    "activation", "arithmetic", "aten", "convolution", "coupled", "refused", "linear", "normalization", "pooling", "products",
     "rearrange", "shape", "writes", "lengths", "order", "recurrent", "fourier", "elementwise",
 )  # fmt: skip
 
@@ -100,13 +102,14 @@ def complex_rule(key: object) -> Rule | None:
 
 
 def function_rule(key: object) -> Rule | None:
-    """The rule for a canonical key."""
-    return _FUNCTIONS.get(key)
+    """The rule for a canonical key; of an overload, to be called with its arguments."""
+    rule = _FUNCTIONS.get(key)
+    return by_name(rule, key) if rule is not None and isinstance(key, Overload) else rule
 
 
 def takes_whole(rule: Rule) -> bool:
     """Whether the rule takes values with the samples along any dimension."""
-    return rule in _WHOLE
+    return getattr(rule, "__wrapped__", rule) in _WHOLE
 
 
 def module_rule(kind: type[nn.Module]) -> Rule | None:
@@ -137,7 +140,10 @@ def torch_activation(trace: Trace, x: Value, function: Callable[..., object]) ->
 
 
 def canonical(function: Callable[..., object]) -> object:
-    """The key of a torch function: its plain name, shared by torch.f, Tensor.f, Tensor.f_ and F.f; else the function."""
+    """The key of a torch function: its plain name, shared by torch.f, Tensor.f, Tensor.f_, F.f and aten.f; else the function."""
+    overload = Overload.of(function)
+    if overload is not None:
+        return overload
     name = getattr(function, "__name__", None)
     if name is None:
         return function

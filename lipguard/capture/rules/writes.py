@@ -21,12 +21,8 @@ PLACES = "writes entries at places that depend on the input."
 @lowers("setitem", "__setitem__", whole=True)
 def setitem(trace: Trace, input: Any, place: Any, value: Any) -> Placed:
     """The tensor after writing into it; `Tracer` gives it this node."""
-    if (
-        isinstance(place, Value)
-        and place.axis in (0, None)
-        and place.tensor.shape == _plain(input).shape
-        and not _plain(value).ndim
-    ):
+    masked = isinstance(place, Value) and place.axis in (0, None) and place.tensor.shape == _plain(input).shape
+    if masked and not _plain(value).ndim:
         first = input.batched() if isinstance(input, Value) else input[None] if place.axis is None else input
         return Placed(elementwise().where(trace, place.batched(), value, first), place.axis)
     if depends(place):

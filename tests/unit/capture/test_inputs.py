@@ -1,4 +1,4 @@
-"""With respect to what: one of several input tensors, the others held, or a linear map in front."""
+"""With respect to what: some of several input tensors, the others held, all of them, or a linear map in front."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -83,8 +83,61 @@ def test_nested_mappings_are_named_by_dotted_paths() -> None:
     example = {"image": torch.zeros(1, 3), "meta": {"place": torch.ones(1, 2), "name": "x"}}
     assert torch.allclose(columns(lg.capture(net, example, inputs="image")), net.fc.weight[:, :3].double(), atol=1e-6)
     assert torch.allclose(columns(lg.capture(net, example, inputs="meta.place")), net.fc.weight[:, 3:].double(), atol=1e-6)
-    with pytest.raises(errors.InvalidExample, match=r"2 input tensors.*Choose one with inputs=..., of 'image', 'meta.place'"):
-        lg.capture(net, example)
+    assert torch.allclose(columns(lg.capture(net, example)), net.fc.weight.double(), atol=1e-6)
+
+
+class OfThree(nn.Module):
+    """A (x, c, t) with one matrix, whose blocks tell which input is read; t is a number for each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, c: Tensor, t: Tensor, place: Tensor | None = None) -> Tensor:
+        return self.fc(torch.cat([x.flatten(1), c, t[:, None]], 1))
+
+
+THREE = (torch.ones(1, 2, 2), torch.full((1, 3), 2.0), torch.tensor([3.0]))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "order"),
+    [
+        (None, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (("c", "x"), [4, 5, 6, 0, 1, 2, 3]),
+        (["t", 0], [7, 0, 1, 2, 3]),
+        ("x,t", [0, 1, 2, 3, 7]),
+        ("0,1", [0, 1, 2, 3, 4, 5, 6]),
+        ("t", [7]),
+    ],
+)
+def test_several_jointly_in_the_order_named_and_the_others_held(chosen: Any, order: list[int]) -> None:
+    net = OfThree()
+    network = lg.capture(net, (*THREE, torch.zeros(1, 2, dtype=torch.int64)), inputs=chosen)
+    assert torch.allclose(columns(network), net.fc.weight[:, order].double(), atol=1e-6)
+    whole = torch.cat([part.flatten() for part in THREE])
+    assert torch.allclose(network(whole[None, order]), net(*THREE).double(), atol=1e-6)
+
+
+def test_the_joint_constant_of_an_affine_map_is_the_norm_of_all_its_columns_and_the_statement_says_so() -> None:
+    net = OfThree().double()
+    whole = torch.linalg.matrix_norm(net.fc.weight, 2).item()
+    joint, of_two = lg.bound(net, THREE), lg.exact(net, THREE, inputs=("c", "t"))
+    assert joint.value == pytest.approx(whole, rel=1e-9) and joint.note == "with respect to x, c, t jointly"
+    assert of_two.upper == pytest.approx(torch.linalg.matrix_norm(net.fc.weight[:, 4:], 2).item(), rel=1e-9)
+    assert lg.bound(net, THREE, inputs=("c", "t")).note == "with respect to c, t jointly"
+    assert lg.bound(net, THREE, inputs="c").note == "with respect to c"
+    assert of_two.choice.endswith("With respect to c, t jointly.")
+    assert lg.bound(net.fc, torch.zeros(1, 8)).note == ""
+
+
+def test_a_joint_domain_is_in_the_order_of_the_inputs() -> None:
+    net = Two()
+    low, high = torch.tensor([0.0, 0, 0, 0, 1, 1, 1]), torch.tensor([1.0, 1, 1, 1, 2, 2, 2])
+    network = lg.capture(net, (X, C))
+    by_hand = lg.exact(network, domain=lg.Box(low, high)).upper
+    assert lg.exact(net, {"context": C, "x": X}, domain=lg.Box(low, high), inputs="x,context").upper == by_hand
 
 
 def test_a_submodule_of_several_arguments() -> None:
@@ -100,8 +153,26 @@ def test_a_submodule_of_several_arguments() -> None:
     network = lg.capture(whole, X, submodule="net", inputs="context")
     moved = torch.randn(5, 3)
     assert torch.allclose(network(moved), whole.net(whole.first(X).expand(5, -1), moved).double(), atol=1e-6)
-    with pytest.raises(errors.InvalidExample, match=r"model\.net \(Two\) takes 2 input tensors \(x, context\).*inputs="):
-        lg.capture(whole, X, submodule="net")
+    joint = lg.capture(whole, X, submodule="net")
+    assert torch.allclose(joint(torch.cat([X, C], 1)), whole.net(X, C).double(), atol=1e-6)
+
+
+def test_weights_that_arrive_at_a_submodule_are_held_whole() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return x * weight.sum(0) + bias
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.tensor([[1.0, 2.0]])), nn.Buffer(torch.ones(2))
+            self.scaled = Scaled()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scaled(x, self.weight, self.bias)
+
+    network = lg.capture(Whole(), torch.zeros(1, 2), submodule="scaled")
+    assert torch.equal(columns(network), torch.diag(torch.tensor([1.0, 2.0], dtype=torch.float64)))
 
 
 def test_a_matrix_in_front() -> None:
@@ -127,7 +198,10 @@ def test_both_a_matrix_and_outputs_through_one_query() -> None:
 
 
 REFUSED = {
-    "several, none chosen": (Two(), (X, C), {}, errors.InvalidExample, r"2 input tensors \(x, context\).*Choose one with"),
+    "of two batches": (made.DeepONet(), (torch.zeros(1, 10), torch.zeros(5, 1)), {}, errors.InvalidExample,
+        r"2 input tensors \(u, y\).*'u' has 1 rows, 'y' has 5\. Choose with inputs=\.\.\., of 'u', 'y'"),
+    "named twice": (Two(), (X, C), {"inputs": ("x", 0)}, errors.UnsupportedQuery, "names one input twice"),
+    "one of several unknown": (Two(), (X, C), {"inputs": ("x", "z")}, errors.UnsupportedQuery, "no input 'z'; it has 'x'"),
     "unknown": (Two(), (X, C), {"inputs": "y"}, errors.UnsupportedQuery, "no input 'y'; it has 'x', 'context'"),
     "one given": (Two(), X, {}, errors.InvalidExample, r"takes 2 inputs \(x, context\).*example=\(x, context\).*inputs='x'"),
     "whole numbers": (Two(), (X, C.long()), {"inputs": 1}, errors.InvalidExample, "input '1' is torch.int64; a bound needs real"),
