@@ -29,6 +29,7 @@ class Call:
         batched: where the held tensors stand whose first row is repeated for every sample.
         name: what the tensors that vary are called, "input" for the only one.
         rows: samples of the example.
+        exactly: samples that the module is made for; None for any number.
     """
 
     args: tuple[Any, ...]
@@ -37,10 +38,16 @@ class Call:
     batched: frozenset[Path]
     name: str
     rows: int = 1
+    exactly: int | None = None
 
     def whole(self, given: Arguments) -> Call:
         """The same call as a function of the whole example, which is one sample: no tensor is cut to its first row."""
         return Call(given.args, given.kwargs, self.varying, frozenset(), self.name)
+
+    @property
+    def sample(self) -> Tensor:
+        """The example's first row, as often as the module takes it at least."""
+        return self.row.repeat(self.exactly or 1, *(1 for _ in self.row.shape[1:]))
 
     @property
     def row(self) -> Tensor:
@@ -57,7 +64,8 @@ class Call:
         pieces: Sequence[Tensor] = [x]
         if not self._whole:
             cut = x.split([part.numel() for part in parts], 1)
-            pieces = [piece.reshape(len(x), *part.shape[1:]) for piece, part in zip(cut, parts, strict=True)]
+            pairs = zip(cut, parts, strict=True)
+            pieces = [piece.reshape(part.shape if len(x) == 1 else (len(x), *part.shape[1:])) for piece, part in pairs]
         placed = dict(zip(self.varying, pieces, strict=True))
 
         def put(path: Path, tensor: Tensor) -> Tensor:

@@ -119,10 +119,10 @@ def _capture(model: nn.Module, query: Query, live: bool, which: str | None, sour
         if query.submodule:
             part, root = _find(model, query.submodule), f"model.{query.submodule}"
             given = _arriving(model, part, given, rows or 1) or _arguments(part, query.example)
-        call = given.of(source, f"{root} ({type(part).__name__})")
-        reader = Reader(part, call, 0, root, which, rows)
+        call = replace(given.of(source, f"{root} ({type(part).__name__})"), exactly=rows)
+        reader = Reader(part, call, 0, root, which)
         try:
-            reading = reader.read(reader.samples(), live)
+            reading = reader.read(call.sample, live)
         except LipguardError:
             if reader.runs():
                 raise
@@ -130,7 +130,7 @@ def _capture(model: nn.Module, query: Query, live: bool, which: str | None, sour
             whole = Reader(part, call.whole(given), None, root, which)
             if not whole.runs():
                 raise
-            reader, reading = whole, whole.read(whole.samples(), live)
+            reader, reading = whole, whole.read(whole.call.row, live)
         network = checked(reader, reading, repeated)
     return Network((Input(network.inputs, call.name), *network.nodes[1:]))
 

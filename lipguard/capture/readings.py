@@ -69,7 +69,6 @@ class Reader:
         axis: 0 where the tensor is a batch, None where it is one sample as a whole.
         root: the module's path, for messages.
         which: the output that is meant, see `choose`.
-        fixed: the number of samples in every batch, where the module takes no other.
     """
 
     module: nn.Module
@@ -77,7 +76,6 @@ class Reader:
     axis: int | None
     root: str
     which: str | None
-    fixed: int | None = None
 
     @property
     def place(self) -> str:
@@ -116,14 +114,10 @@ class Reader:
         output = trace.settled(value.node)
         return Reading(tuple(trace.nodes), output, value.axis)
 
-    def samples(self) -> Tensor:
-        """The example's first sample, as often as the module needs it."""
-        return self.call.row if self.fixed is None else self.call.row.repeat(self.fixed, *(1 for _ in self.call.row.shape[1:]))
-
     def runs(self) -> bool:
         """Whether the module runs on the example's first sample."""
         try:
-            self.results(self.samples(), self.call.row.dtype)
+            self.results(self.call.sample, self.call.row.dtype)
         except Exception:  # told where the module is read
             return False
         return True
@@ -153,8 +147,9 @@ class Reader:
         dtypes = list(dict.fromkeys((self.call.row.dtype, torch.float64)))
         overflow = True
         batch = self.axis == 0  # whether several samples are computed as one is, each in its row
-        for count, scale in (*_SIZES, *([(self.call.rows, 1.0)] if self.call.rows > len(_SIZES) else [])):
-            x = torch.cat([_noisy(self.call.row, scale, generator) for _ in range(self.fixed or (count if batch else 1))])
+        sizes = (*_SIZES, *([(self.call.rows, 1.0)] if self.call.rows > len(_SIZES) else []))
+        for count, scale in sizes if self.call.exactly is None else [(self.call.exactly, scale) for _, scale in _SIZES]:
+            x = torch.cat([_noisy(self.call.row, scale, generator) for _ in range(count if batch else 1)])
             comparison = Comparison(network, steps, self.rows(x), dtypes)
             values = comparison.values
             if not bool(values.isfinite().all()):

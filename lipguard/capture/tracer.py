@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lipguard.capture.rules.registry import Rule, canonical, complex_rule, function_rule, module_rule, takes_whole
+from lipguard.capture.rules.registry import Rule, canonical, complex_rule, function_rule, module_rule, spoken, takes_whole
 from lipguard.capture.taint import NUMBER, Taint, no_hidden_ways, tensors_of
 from lipguard.capture.trace import UNKNOWN, BatchMoved, Placed, Trace, Value, parts, plain_class
 from lipguard.capture.unbatched import translated
@@ -188,7 +188,7 @@ class Tracer(TorchFunctionMode):
     def _ruled(self, key: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the rule makes of the call."""
         trace = self.trace
-        key, args, kwargs = translated(key, args, kwargs, self._unbatched)
+        key, args, kwargs = translated(*spoken(key, args, kwargs), self._unbatched)
         rule = complex_rule(key) if _complex((args, kwargs)) else function_rule(key)
         if rule is None:
             module = trace.module

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,10 +29,7 @@ _NAMES = {
 }  # fmt: skip
 """Names that ATen gives to what a rule knows under another."""
 
-_ARGUMENTS = {
-    "self": ("input",), "mat": ("first",), "mat1": ("first",), "mat2": ("other", "second"), "vec": ("second",),
-    "vec1": ("first",), "vec2": ("second",), "batch1": ("first",), "batch2": ("second",),
-}  # fmt: skip
+_ARGUMENTS = {"self": "input", "mat2": "other"}
 """Names that ATen gives to arguments that the rules call otherwise."""
 
 
@@ -64,27 +61,31 @@ _NONE = object()
 """An argument has no default."""
 
 
-def by_name(rule: Callable[..., Any], key: Overload) -> Callable[..., Any]:
-    """The rule, to be called with an overload's arguments.
+def by_name(
+    rule: Callable[..., Any], key: Overload, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """An overload's arguments as a rule takes them: the first by place, the others by name.
 
-    A rule that passes all arguments on to a torch function (`*args`) gets them as they are.
+    Operands of which the rule calls none by ATen's name (`mat1` and `mat2`, first and second) go by their place behind it. A rule
+    that passes all arguments on to a torch function (`*args`) gets them as they are.
     """
-    known, passes_on = _parameters(rule)
+    names, passes_on = _parameters(rule)
     if passes_on:
-        return rule
-
-    @wraps(rule)
-    def called(trace: Any, *args: Any, **kwargs: Any) -> Any:
-        named = dict(zip((name for name, _ in key.arguments), args, strict=False)) | kwargs
-        (first, _), *others = key.arguments
-        rest = {}
-        for name, default in others:
-            spoken = next((one for one in (name, *_ARGUMENTS.get(name, ())) if one in known), name)
-            if name in named and (spoken in known or not _is(named[name], default)):
-                rest[spoken] = named[name]
-        return rule(trace, named[first], **rest)
-
-    return called
+        return args, kwargs
+    named = dict(zip((name for name, _ in key.arguments), args, strict=False)) | kwargs
+    (first, _), *others = key.arguments
+    stated = {first, *(name for name, _ in others), *_ARGUMENTS.values()}
+    placed, rest = [named[first]], {}
+    for place, (name, default) in enumerate(others, start=1):
+        spoken = name if name in names else _ARGUMENTS.get(name, name)
+        if name not in named or (spoken not in names and _is(named[name], default)):
+            continue
+        unnamed = default is _NONE and place == len(placed) < len(names) and names[place] not in stated
+        if spoken not in names and unnamed:
+            placed.append(named[name])
+        else:
+            rest[spoken] = named[name]
+    return tuple(placed), rest
 
 
 def _is(value: object, default: object) -> bool:
@@ -92,7 +93,7 @@ def _is(value: object, default: object) -> bool:
 
 
 @cache
-def _parameters(rule: Callable[..., Any]) -> tuple[frozenset[str], bool]:
-    """The names of a rule's parameters, and whether it takes any number of arguments by place."""
-    parameters = inspect.signature(rule).parameters.values()
-    return frozenset(p.name for p in parameters), any(p.kind is p.VAR_POSITIONAL for p in parameters)
+def _parameters(rule: Callable[..., Any]) -> tuple[tuple[str, ...], bool]:
+    """The names of a rule's parameters behind the trace, and whether it takes any number of arguments by place."""
+    parameters = list(inspect.signature(rule).parameters.values())[1:]
+    return tuple(p.name for p in parameters), any(p.kind is p.VAR_POSITIONAL for p in parameters)

@@ -13,7 +13,7 @@ import importlib
 import importlib.metadata
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
@@ -26,8 +26,8 @@ Rule = Callable[..., "int | Placed | tuple[int | Placed | None, ...] | None"]
 RuleT = TypeVar("RuleT", bound=Rule)
 
 _FAMILIES = (
-    "activation", "arithmetic", "aten", "convolution", "coupled", "refused", "linear", "normalization", "pooling", "products",
-    "rearrange", "shape", "writes", "lengths", "order", "recurrent", "fourier", "elementwise",
+    "activation", "arithmetic", "aten", "convolution", "coupled", "refused", "linear", "normalization", "pooling",
+    "products", "rearrange", "shape", "writes", "lengths", "order", "recurrent", "fourier", "elementwise",
 )  # fmt: skip
 
 _FUNCTIONS: dict[object, Rule] = {}
@@ -102,14 +102,21 @@ def complex_rule(key: object) -> Rule | None:
 
 
 def function_rule(key: object) -> Rule | None:
-    """The rule for a canonical key; of an overload, to be called with its arguments."""
+    """The rule for a canonical key."""
+    return _FUNCTIONS.get(key)
+
+
+def spoken(key: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, tuple[Any, ...], dict[str, Any]]:
+    """A call of an ATen overload as one of the torch function of its name; any other call as it is."""
+    if not isinstance(key, Overload):
+        return key, args, kwargs
     rule = _FUNCTIONS.get(key)
-    return by_name(rule, key) if rule is not None and isinstance(key, Overload) else rule
+    return str(key), *((args, kwargs) if rule is None else by_name(rule, key, args, kwargs))
 
 
 def takes_whole(rule: Rule) -> bool:
     """Whether the rule takes values with the samples along any dimension."""
-    return getattr(rule, "__wrapped__", rule) in _WHOLE
+    return rule in _WHOLE
 
 
 def module_rule(kind: type[nn.Module]) -> Rule | None:

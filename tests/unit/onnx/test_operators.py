@@ -46,6 +46,10 @@ case("Dropout", 13, read=[np.float32(0.4)])
 for _name in ("Add", "Sub", "Mul", "Div", "Max", "Min", "Sum", "Mean"):
     case(_name, 8, 13, read=[[1.5, -2.0, 0.5, 3.0]])
     case(_name, 13, shape=IMAGE, read=[np.arange(1.0, 4.0).reshape(3, 1, 1)])
+for _name in ("Softmax", "LogSoftmax"):
+    case(_name, 11, 13)
+    case(_name, 11, shape=(2, 3, 2), axis=1)
+    case(_name, 13, shape=(2, 3, 2), axis=1)
 case("MatMul", 9, read=[np.arange(12.0).reshape(4, 3) / 10])
 case("Gemm", 9, 13, read=[np.arange(12.0).reshape(3, 4) / 10, [1.0, 2.0, 3.0]], transB=1, alpha=0.5, beta=2.0)
 case("Gemm", 11, read=[np.arange(12.0).reshape(4, 3) / 10])
@@ -151,17 +155,17 @@ def test_an_operator(row: tuple[str, int, tuple[int, ...], list[Any], dict[str, 
 def test_every_operator_of_the_table_is_tried() -> None:
     constants = {"ConstantOfShape", "Range", "Shape", "Size", "And", "Or", "Not", "Equal", "Greater", "Less", "GreaterOrEqual",
                  "LessOrEqual", "Where", "Split"}  # fmt: skip
-    refused = {"Exp", "Log", "Sqrt", "Reciprocal", "Sign", "Floor", "Ceil", "Round", "Softmax", "LogSoftmax", "Pow"}
+    refused = {"Exp", "Log", "Sqrt", "Reciprocal", "Sign", "Floor", "Ceil", "Round", "Pow"}
     assert {row[0] for row in ROWS} | constants | refused == set(known())
 
 
 @pytest.mark.parametrize(("kind", "words"), [
-    ("Exp", "slope"), ("Log", "slope"), ("Sqrt", "slope"), ("Reciprocal", "divides"), ("Sign", "step function"),
-    ("Floor", "step"), ("Ceil", "step"), ("Pow", "power"), ("Round", "step"), ("Softmax", "logits"), ("LogSoftmax", "logits"),
+    ("Exp", "slope"), ("Log", "slope"), ("Sqrt", "slope"), ("Reciprocal", "divides"), ("Sign", "jumps"),
+    ("Floor", "step"), ("Ceil", "step"), ("Pow", "power"), ("Round", "step"),
 ])  # fmt: skip
-def test_mathematics_refuses_at_the_node(kind: str, words: str) -> None:
+def test_mathematics_refuses(kind: str, words: str) -> None:
     module = lg.from_onnx(model(kind, 13, ROW, [np.float32(2.0)] if kind == "Pow" else [], {}))
-    with pytest.raises(errors.UnsupportedLayer, match=rf"model\.{kind}_0 \(Operator\).*{words}"):
+    with pytest.raises(errors.UnsupportedLayer, match=rf"model.*{words}"):
         lg.capture(module)
 
 
