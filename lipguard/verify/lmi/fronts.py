@@ -104,6 +104,8 @@ def _schur(pivot: Tensor, cross: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]
 
 def _proves(pivot: Enclosed, cross: Enclosed, u: Tensor) -> Tensor:
     """Whether each front is positive semidefinite throughout the radii, (F,) of bool."""
+    # Each front has its own radius, lest one that all of them share exceed what most of them need.
+    pivot, cross = (Enclosed(e.center, None if e.radius is None else e.radius.expand(e.center.shape)) for e in (pivot, cross))
     upper, lower = Enclosed.cat([pivot, cross], -1), Enclosed.cat([cross.mH, Enclosed(u)], -1)
     return definite(Enclosed.cat([upper, lower], -2))
 

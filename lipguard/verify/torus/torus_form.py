@@ -47,7 +47,7 @@ class Variable:
 
 
 class TorusForm(Walk[_Value]):
-    """A network on tori of given lengths; as a walk it makes of every node its value.
+    """A network on tori of given lengths; as a walk it makes of images, layers and the input their values.
 
     Attributes:
         ends: input and output; the latter reads layers and input, as a variable of its own.
@@ -83,9 +83,10 @@ class TorusForm(Walk[_Value]):
         self.counts = self._find_counts()
         self.widths: dict[int, Tensor] = {}
         self.layers: dict[int, Variable] = {}
-        value = fold(network.nodes, self)[last]
+        self.values: dict[int, _Value] = {}
+        fold(network.nodes, self)
         first = Variable(0, self._counts(0), self._components(0), {})
-        self.ends = first, Variable(len(network.nodes), self._counts(last), self._components(last), value)
+        self.ends = first, Variable(len(network.nodes), self._counts(last), self._components(last), self._value(last))
 
     def _counts(self, i: int) -> Counts:
         return self.counts.get(i, ())
@@ -146,29 +147,39 @@ class TorusForm(Walk[_Value]):
         """The first variable."""
         if i in self.masked:
             raise NotCertified("the input is masked, but it is no layer.")
-        return {0: self._all(Enclosed(torch.eye(self._components(0), dtype=torch.float64, device=self.network.device)), 0)}
+        self.values[0] = {0: self._all(torch.eye(self._components(0), dtype=torch.float64, device=self.network.device), 0)}
+        return self.values[0]
 
     def affine(self, i: int, node: Affine, read: _Value) -> _Value:
-        """The map's matrix times what it reads."""
-        if i in self.sides and node.source not in self.sides and self.sides.keys() & read.keys():
-            raise NotCertified(f"node {i}: an image is computed from a vector that was computed from images.")
-        return self._unless_masked(i, self._product(self._matrix(i, node.source, node.operator), node.source, i, read))
+        """An image: of the map's rows, whatever a vector behind them is made of, or of the convolution."""
+        if i not in self.sides:
+            return self._unless_masked(i, {})
+        conv = self.convs[i]
+        if conv is None:
+            parts = self._vector(node.source, Enclosed.of(node.operator.dense(), node.operator.rho), images=False)
+            return self._unless_masked(
+                i, {s: spectrum(known.at(0).mT, self._image(i), self._torus(i)).mH for s, known in parts.items()}
+            )
+        small, large = (node.source, i) if conv.transposed else (i, node.source)
+        matrix = transform(conv, self._torus(small), self._torus(large))
+        return self._unless_masked(i, self._product(matrix.mH if conv.transposed else matrix, node.source, i, read))
 
     def activation(self, i: int, node: Activation, read: _Value) -> _Value:
         """A layer."""
-        return self._layer(i, self._moved(read, node.source, i), *self._slopes(i, node))
+        return self._layer(i, self._moved(node.source, i), *self._slopes(i, node))
 
     def total(self, i: int, node: Sum, *read: _Value) -> _Value:
-        """The terms added, on one torus."""
+        """The terms of an image added, on one torus."""
         found: _Value = {}
-        for source, value in zip(node.sources, read, strict=True):
-            for s, known in self._moved(value, source, i).items():
-                found[s] = found[s] + known if s in found else known
+        for source in node.sources if i in self.sides else ():
+            _add(found, self._moved(source, i))
         return self._unless_masked(i, found)
 
     def _unless_masked(self, i: int, value: _Value) -> _Value:
         """A mask is a layer: it keeps what is in the window, slope 1, and sets the rest to zero, slope 0."""
         if i not in self.masked:
+            if i in self.sides:
+                self.values[i] = value
             return value
         if i not in self.sides:
             raise NotCertified(f"node {i} is masked, but no image on a torus.")
@@ -181,9 +192,10 @@ class TorusForm(Walk[_Value]):
         self.widths[i] = width = torch.nextafter(beta - alpha, torch.full_like(alpha, math.inf))
         self.layers[i] = Variable(i, self._counts(i), self._components(i), applied)
         places = self.layers[i].components // len(alpha)
-        value = {i: self._all(Enclosed(torch.diag(width.repeat(places))), i)}
+        value = {i: self._all(torch.diag(width.repeat(places)), i)}
         if bool(alpha.any()):
             value |= {s: known * alpha.repeat(places)[:, None] for s, known in applied.items()}
+        self.values[i] = value
         return value
 
     def _slopes(self, i: int, node: Activation) -> tuple[Tensor, Tensor]:
@@ -196,25 +208,15 @@ class TorusForm(Walk[_Value]):
                 alpha, beta = alpha.clamp_max(0), beta.clamp_min(0)
         return widened(alpha, beta)
 
-    def _all(self, matrix: Enclosed, i: int) -> Enclosed:
-        """One matrix at all frequencies of node i."""
-        return Enclosed(matrix.center.expand(math.prod(self._counts(i)), -1, -1), matrix.spread)
+    def _all(self, matrix: Tensor, i: int) -> Enclosed:
+        """One exact matrix at all frequencies of node i."""
+        return Enclosed(matrix.expand(math.prod(self._counts(i)), -1, -1)).shared
 
-    def _matrix(self, i: int, source: int, operator: Operator) -> Enclosed:
-        """An affine node's map between components: at the frequencies of the finer side."""
-        if (conv := self.convs.get(i)) is not None:
-            small, large = (source, i) if conv.transposed else (i, source)
-            matrix = transform(conv, self._torus(small), self._torus(large))
-            return matrix.mH if conv.transposed else matrix
-        rows = Enclosed.of(operator.dense(), operator.rho)
-        if i in self.sides:
-            return spectrum(rows.mT, self._image(i), self._torus(i)).mH
-        return spectrum(rows, self._image(source), self._torus(source)) if source in self.sides else self._all(rows, i)
-
-    def _moved(self, value: _Value, source: int, i: int) -> _Value:
-        """The same value by the components of another node on the same torus."""
+    def _moved(self, source: int, i: int) -> _Value:
+        """A node's value by the components of another node on the same torus, or of the vector that it is."""
         if self.sides.get(source) != self.sides.get(i) or self.shapes[source] != self.shapes[i]:
             raise NotCertified(f"node {i}: images on different tori meet.")
+        value = self._value(source)
         if self._counts(source) == self._counts(i):
             return value
         shape = self._image(i)
@@ -235,6 +237,31 @@ class TorusForm(Walk[_Value]):
             result[s] = left.to(kind) @ right.to(kind)
         return result
 
+    def _value(self, i: int) -> _Value:
+        if i not in self.values:
+            return self._vector(i, Enclosed(torch.eye(self.network.sizes[i], dtype=torch.float64, device=self.network.device)))
+        return self.values[i]
+
+    def _vector(self, i: int, rows: Enclosed, images: bool = True) -> _Value:
+        """rows times the value of node i, a vector: followed back through linear maps to vectors or windows of images."""
+        waiting: _Value = {i: Enclosed(rows.center[None], rows.spread)}
+        result: _Value = {}
+        for j in range(i, -1, -1):
+            if j not in waiting:
+                continue
+            node, known = self.network.nodes[j], waiting.pop(j)
+            if not node.variable:
+                passed = known if node.map is None else known.through(node.map.transpose())
+                for source in node.sources:
+                    _add(waiting, {source: passed})
+            elif j not in self.sides:
+                _add(result, {s: known.to(part.center.dtype) @ part for s, part in self.values[j].items()})
+            elif images:
+                _add(result, self._product(spectrum(known.at(0), self._image(j), self._torus(j)), j, i, self.values[j]))
+            else:
+                raise NotCertified(f"node {i}: an image is computed from a vector that was computed from images.")
+        return result
+
     def _torus(self, i: int) -> Grid:
         return self.sides[i], self.counts[i]
 
@@ -242,3 +269,8 @@ class TorusForm(Walk[_Value]):
         shape = self.shapes[i]
         assert shape is not None
         return shape
+
+
+def _add(total: _Value, more: _Value) -> None:
+    for s, known in more.items():
+        total[s] = total[s] + known if s in total else known

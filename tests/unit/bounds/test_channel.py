@@ -567,3 +567,12 @@ def test_resnet_20(shortcut: str) -> None:
     network = captured(randomised(Residual(3, (16, 32, 64), shortcut)), (1, 3, 32, 32))
     found = lg.bound(network, method="lipsdp-channel", time_limit=120)
     assert found.method == "lipsdp-channel" and found.value <= 0.5 * float(found.details["product"])
+
+
+def test_sums_of_images_that_only_vectors_read_need_no_torus() -> None:
+    """A maximum over windows before the head ends in such a sum: (a + b)/2 + |a - b|/2."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(1, 3, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 3)).double()
+    certificate = lg.bound(captured(module, (1, 1, 6, 6)), method="lipsdp-channel")
+    assert isinstance(certificate.evidence, ChannelMultipliers)
+    assert certificate.rigor == "verified"
