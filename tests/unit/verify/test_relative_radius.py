@@ -225,14 +225,14 @@ def test_constants_of_pairs_hold_the_steepest_member():
     assert check_pairs(wide, bound)[0] >= check_pairs(steep, bound)[0] * (1 - 1e-12)
 
 
-@pytest.mark.parametrize("domain", [lg.Box(-1.0, 1.0), lg.Ball(torch.zeros(2), 1.0)])
+@pytest.mark.parametrize("domain", [lg.Box(1.0, 2.0), lg.Ball(torch.full((2,), 1.5), 0.5)])
 def test_ranges_hold_every_member(domain):
-    weight, rho = torch.tensor([[1.0, -2.0]], dtype=torch.float64), 1e-3
+    weight, rho = torch.tensor([[1.0, 2.0]], dtype=torch.float64), 1e-3
     identity = Affine(0, Dense(torch.eye(2, dtype=torch.float64)))
     found = propagate(Network((Input(2), identity, Affine(1, Dense(weight, rho)))), Regions.of([domain], 2, torch.device("cpu")))
-    largest = (1 + rho) * (3.0 if isinstance(domain, lg.Box) else math.sqrt(5))
-    assert float(found.upper[2]) >= largest <= -float(found.lower[2])
-    assert float(found.largest(2, torch.ones(1, 1, 1, dtype=torch.float64))) >= largest
+    half = 1.5 if isinstance(domain, lg.Box) else math.sqrt(5) / 2
+    assert float(found.upper[2]) >= (1 + rho) * (4.5 + half) and float(found.lower[2]) <= (1 - rho) * (4.5 - half)
+    assert float(found.largest(2, torch.ones(1, 1, 1, dtype=torch.float64))) >= (1 + rho) * (4.5 + half)
 
 
 def test_ranges_hold_the_radius_of_a_bias():
