@@ -104,7 +104,7 @@ def moved(expression: Expression, index: Tensor, place: Callable[[int], int]) ->
     return replace(made, reason=expression.reason, mask=expression.mask)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Moved:
     inner: Algebra
     index: Tensor
@@ -117,8 +117,17 @@ class _Moved:
     def constant(self, value: Tensor) -> Any:
         return self.inner.constant(value[self.index] if value.ndim else value)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
+    def plus(self, a: Any, b: Any) -> Any:
+        return self.inner.plus(a, b)
+
+    def times(self, a: Any, b: Any) -> Any:
+        return self.inner.times(a, b)
+
+    def applied(self, name: str, a: Any) -> Any:
+        return self.inner.applied(name, a)
+
+    def sign(self, a: Any) -> Tensor:
+        return self.inner.sign(a)
 
 
 def uniform(numbers: Tensor) -> Tensor:

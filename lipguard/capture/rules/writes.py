@@ -30,7 +30,7 @@ def setitem(trace: Trace, input: Any, place: Any, value: Any) -> Placed:
 
     def write(parts: list[Tensor]) -> Tensor:
         written = parts[0].clone()
-        written[place] = parts[1]
+        written[place] = parts[1]  # type: ignore[index]
         return written
 
     return assembled_anywhere(trace, [input, value], write)

@@ -109,9 +109,13 @@ class Formula(Elementwise):
             there = there & (low <= self.breaks[k])
         return there
 
-    @cached_property
+    @property
     def slopes(self) -> tuple[Tensor, Tensor]:
         """The slopes of all pieces, 0-d or (size,)."""
+        return self._slopes
+
+    @cached_property
+    def _slopes(self) -> tuple[Tensor, Tensor]:
         rows = [row.detach().cpu() for row in self._rows()]
         size = max([1, *map(len, rows)])
         table = torch.stack([torch.zeros(size, dtype=torch.float64), *(row.expand(size) for row in rows)])
