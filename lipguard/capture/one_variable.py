@@ -85,7 +85,7 @@ class OneVariable:
             return torch.where(value.abs() <= 2 * NEAR * size, 0.0, value.sign())
         low, high = self.at if len(self.at) else (torch.tensor([-torch.inf]), torch.tensor([torch.inf]))
         root = -shift / torch.where(slope == 0, torch.nan, slope)
-        near = 2 * NEAR * root.abs()
+        near = 2.0**-51 * root.abs()  # two units: the root of the same quantity as computed in the neighbouring cell
         inside = (root > low + near) & (root < high - near)
         if bool(inside.any()):
             self.roots.append(torch.where(inside, root, torch.nan))

@@ -80,7 +80,7 @@ def _register_comparison(names: tuple[str, ...], holds: Callable[[Tensor], Tenso
     def rule(trace: Trace, input: Operand, other: Operand) -> int:
         try:
             return extended(trace, compare, [input, other], "", trace.call)
-        except RuntimeError:  # of other shapes: torch answers
+        except (RuntimeError, TypeError):  # of other shapes, or with no number: torch answers
             return UNKNOWN
 
     lowers(*names)(rule)

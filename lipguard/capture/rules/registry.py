@@ -140,6 +140,7 @@ def torch_activation(trace: Trace, x: Value, function: Callable[..., object]) ->
         node = rule(trace, x)
     except TypeError:
         trace.refuse(f"names {name} as its activation, which needs more arguments. {remedy}")
+    node = trace.settled(node) if isinstance(node, int) and node >= 0 else node
     made = trace.nodes[node] if isinstance(node, int) and node >= 0 else None
     if made is None or made.elementwise is None or not isinstance(node, int) or made.sources != (x.node,):
         trace.refuse(f"names {name} as its activation, which is not an elementwise function. {remedy}")

@@ -10,7 +10,7 @@ from lipguard.capture.rules.registry import lowers
 from lipguard.capture.trace import Placed, Trace, Value
 
 
-@lowers("contiguous", "clone", "positive", "alias", "identity", "requires_grad", "cpu", "cuda", whole=True)
+@lowers("contiguous", "clone", "positive", "alias", "identity", "requires_grad", "cpu", "cuda", "nan_to_num", whole=True)
 def same(trace: Trace, input: Value | Tensor, *args: object, **kwargs: object) -> Placed | None:
     """The same entries at the same places; a constant like a value stays one."""
     return Placed(input.node, input.axis) if isinstance(input, Value) else None

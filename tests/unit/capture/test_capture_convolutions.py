@@ -397,7 +397,7 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...], type[Exception], str]] = {
         "treats the samples of a batch differently"),
     "kernel": (Do(lambda x: F.conv1d(x, x[:1])), (1, 2, 3), errors.UnsupportedLayer, "mixes the samples|depends on the input"),
     "random pool": (nn.FractionalMaxPool3d(2, 2), (1, 1, 4, 4, 4), errors.UnsupportedLayer, "windows at random"),
-    "lp": (nn.LPPool2d(2, 2), (1, 1, 4, 4), errors.UnsupportedLayer, "power"),
+    "lp": (nn.LPPool2d(3, 2), (1, 1, 4, 4), errors.UnsupportedLayer, "power other than 2"),
     "alias": (Do(lambda x: (h := x * 2, h[:, :1].relu_(), h)[-1]), (1, 3), errors.UnsupportedLayer, "modified in place"),
     "group-norm": (nn.GroupNorm(1, 2), (1, 2, 3), errors.UnsupportedLayer, "standard deviation of the sample"),
 }  # fmt: skip
