@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import mpmath
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from lipguard.network import activations, smooth
-from lipguard.network.activations import Elementwise
+from lipguard.network.activations import Elementwise, bells, error_function, roots
 from lipguard.network.smooth import Smooth
 
 
@@ -57,6 +58,17 @@ CASES: dict[str, tuple[Elementwise, Callable[[Tensor], Tensor]]] = {
     "hardswish": (smooth.hardswish(), F.hardswish),
     "sin": (smooth.sin(), torch.sin),
     "cos": (smooth.cos(), torch.cos),
+    "erf": (error_function.erf(), torch.erf),
+    "z-erf": (error_function.z_erf(), lambda z: z * torch.erf(z)),
+    "gauss": (bells.gauss(), lambda z: torch.exp(-(z**2))),
+    "z-gauss": (bells.z_gauss(), lambda z: z * torch.exp(-(z**2))),
+    "lorentz": (bells.lorentz(), lambda z: 1 / (1 + z**2)),
+    "z-lorentz": (bells.z_lorentz(), lambda z: z / (1 + z**2)),
+    "log-lorentz": (bells.log_lorentz(), lambda z: torch.log(1 + z**2)),
+    "root": (roots.root(), lambda z: torch.sqrt(1 + z**2)),
+    "z-root": (roots.z_root(), lambda z: z / torch.sqrt(1 + z**2)),
+    "atan": (roots.atan(), torch.atan),
+    "asinh": (roots.asinh(), torch.asinh),
 }
 SMOOTH = {name: case[0] for name, case in CASES.items() if isinstance(case[0], Smooth)}
 
@@ -219,6 +231,27 @@ def test_gelu_extremum_is_proven() -> None:
         low, high = SMOOTH["gelu"].critical
         assert high.low < peak < high.high and low.low < 1 - peak < low.high
         assert abs(mpmath.mpf(high.place) - root) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "extreme"),
+    [
+        ("erf", lambda: mpmath.mpf(0), lambda z: 2 / mpmath.sqrt(mpmath.pi)),
+        ("z-erf", lambda: mpmath.mpf(1), lambda z: mpmath.erf(z) + 2 / mpmath.sqrt(mpmath.pi) / mpmath.e),
+        ("gauss", lambda: -mpmath.sqrt(0.5), lambda z: -2 * z * mpmath.exp(-(z**2))),
+        ("z-gauss", lambda: mpmath.sqrt(1.5), lambda z: (1 - 2 * z**2) * mpmath.exp(-(z**2))),
+        ("lorentz", lambda: -1 / mpmath.sqrt(3), lambda z: -2 * z / (1 + z**2) ** 2),
+        ("z-lorentz", lambda: mpmath.sqrt(3), lambda z: (1 - z**2) / (1 + z**2) ** 2),
+        ("log-lorentz", lambda: mpmath.mpf(1), lambda z: 2 * z / (1 + z**2)),
+    ],
+)
+def test_extremes_in_closed_form(name: str, place: Callable[[], Any], extreme: Callable[[Any], Any]) -> None:
+    with mpmath.workdps(40):
+        z = place()
+        point = min(SMOOTH[name].critical, key=lambda point: abs(point.place - z))
+        assert abs(mpmath.mpf(point.place) - z) < 1e-12
+        # of the closed form, whose exact values are integers' quotients where the enclosure is one number
+        assert point.low - mpmath.mpf(10) ** -38 <= extreme(z) <= point.high + mpmath.mpf(10) ** -38
 
 
 @pytest.mark.parametrize("name", SMOOTH)
