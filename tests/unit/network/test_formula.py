@@ -117,7 +117,7 @@ def test_the_slopes_are_those_of_the_function(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-@settings(max_examples=8)
+@settings(max_examples=8, deadline=None)
 @given(ends=st.tuples(st.floats(-30, 30), st.floats(-30, 30)), share=st.floats(0, 1))
 def test_slopes_on_intervals_hold_the_derivative(name: str, ends: tuple[float, float], share: float) -> None:
     function = MADE[name]
