@@ -49,7 +49,8 @@ class Expression:
         parts: what it is a function of.
         node: of a leaf, the node whose value it is.
         leaves: the nodes that it is made of.
-        reason: why it is refused where it cannot be settled.
+        reason: why it is refused where it has no bound.
+        jump: why it is refused where it jumps: what chooses in it.
         mask: of a mask, the call that compared.
     """
 
@@ -58,6 +59,7 @@ class Expression:
     node: int | None = None
     leaves: frozenset[int] = frozenset()
     reason: str = ""
+    jump: str = ""
     mask: str = ""
 
 
@@ -79,11 +81,12 @@ def constant(value: Tensor) -> Expression:
     return Expression(lambda a: a.constant(value))
 
 
-def combined(function: Callable[..., Any], parts: Sequence[Expression], reason: str = "") -> Expression:
-    """function(algebra, values of the parts); the reason is that of the first part that has one."""
-    reasons = [part.reason for part in parts if part.reason]
+def combined(function: Callable[..., Any], parts: Sequence[Expression], reason: str = "", jump: str = "") -> Expression:
+    """function(algebra, values of the parts); the reasons are those of the first parts that have them."""
+    reason = next((part.reason for part in parts if part.reason), reason)
+    jump = next((part.jump for part in parts if part.jump), jump)
     leaves = frozenset[int]().union(*(part.leaves for part in parts))
-    return Expression(function, tuple(parts), None, leaves, reasons[0] if reasons else reason)
+    return Expression(function, tuple(parts), None, leaves, reason, jump)
 
 
 def choose(a: Algebra, mask: Any, first: Any, second: Any) -> Any:
@@ -101,7 +104,7 @@ def moved(expression: Expression, index: Tensor, place: Callable[[int], int]) ->
     """The expression's entries at the places of an index, none of them -1; `place` gives each leaf's node of these entries."""
     nodes = {node: place(node) for node in expression.leaves}
     made = Expression(lambda a: evaluated(_Moved(a, index, nodes, {}), expression), (), None, frozenset(nodes.values()))
-    return replace(made, reason=expression.reason, mask=expression.mask)
+    return replace(made, reason=expression.reason, jump=expression.jump, mask=expression.mask)
 
 
 @dataclass

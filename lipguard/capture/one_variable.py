@@ -27,6 +27,10 @@ class Unsettled(Exception):
     """An expression cannot be settled in this way."""
 
 
+class Jump(Unsettled):
+    """Two sides of a cut do not meet."""
+
+
 @dataclass
 class OneVariable:
     """Totals of one node's entries, on a cell: between two cuts, or at one.
@@ -78,7 +82,7 @@ class OneVariable:
         """
         line = c.affine(a)
         if line is None:
-            raise Unsettled("compares a quantity that is not piecewise linear.")
+            raise Jump("compares a quantity that is not piecewise linear.")
         slope, shift = line
         if len(self.at) == 1:
             value, size = slope * self.at[0] + shift, slope.abs() * self.at[0].abs() + shift.abs()
@@ -127,7 +131,7 @@ def one_variable(trace: Trace, made: dict[int, Expression], leaves: frozenset[in
         values = [total.enclosed(z)[0] for total in (totals[k], point, totals[k + 1])]
         low, high = (torch.stack(torch.broadcast_tensors(*side)) for side in zip(*values, strict=True))
         if not bool((low.amax(0) <= high.amin(0)).all()):
-            raise Unsettled("jumps.")
+            raise Jump("jumps.")
     kept = [k for k in range(len(cuts)) if totals[k].key != totals[k + 1].key]
     totals = [totals[k] for k in kept] + totals[-1:]
     return _neurons(trace, base, cuts[kept], totals)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lipguard.capture.expressions import JUMPS, Algebra, Expression, combined, leaf, of_function, uniform
-from lipguard.capture.one_variable import Unsettled, one_variable
+from lipguard.capture.one_variable import Jump, Unsettled, one_variable
 from lipguard.capture.two_sides import two_sides
 from lipguard.errors import InvalidModel, UnsupportedLayer
 from lipguard.network.activations import Elementwise
@@ -53,7 +53,8 @@ def _settled(trace: Trace, expression: Expression) -> int:
     try:
         return _whole(trace, expression)
     except (Unsettled, InvalidModel) as error:
-        why = expression.reason or f"{trace.place} {JUMPS.format(origin=expression.mask) if expression.mask else error}"
+        why = (expression.jump if isinstance(error, Jump) else "") or expression.reason or expression.jump
+        why = why or f"{trace.place} {JUMPS.format(origin=expression.mask) if expression.mask else error}"
         if all(part.node is not None or not part.leaves for part in expression.parts):
             raise UnsupportedLayer(why) from error
         try:

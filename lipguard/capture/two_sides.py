@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lipguard.capture.expressions import Expression, evaluated, uniform
-from lipguard.capture.one_variable import Unsettled, affine_node
+from lipguard.capture.one_variable import Jump, Unsettled, affine_node
 from lipguard.network.activations import canonical as c
 from lipguard.network.activations import relu
 
@@ -99,7 +99,7 @@ def _proportion(x: Tensor, y: Tensor, size: Tensor, unit: float) -> Tensor:
     # left over is a jump of as much as the module's own values have.
     carried = size.gather(0, place) * y.abs() / torch.where(most == 0, 1.0, most).abs()
     if not bool(((x - k * y).abs() <= _SIDE_BY_SIDE * unit * (size + carried)).all()):
-        raise Unsettled("jumps.")
+        raise Jump("jumps.")
     return k[0]
 
 

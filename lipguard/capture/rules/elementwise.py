@@ -33,10 +33,9 @@ def extended(trace: Trace, function: Callable[..., Any], operands: list[Operand]
     first = wide[id(values[0])]
     parts = [_part(trace, wide[id(o)]) if isinstance(o, Value) else constant(trace.per_feature(o, first)) for o in operands]
     masks = [part.mask for part in parts if part.mask]
-    if masks and not mask:
-        reason = JUMPS.format(origin=masks[0])
-    made = combined(function, parts, f"{trace.place} {reason}")
-    return trace.put(replace(made, reason="", mask=mask) if mask else made, first.size)
+    jump = f"{trace.place} {JUMPS.format(origin=masks[0])}" if masks and not mask else ""
+    made = combined(function, parts, f"{trace.place} {reason}", jump)
+    return trace.put(replace(made, reason="", jump="", mask=mask) if mask else made, first.size)
 
 
 def _part(trace: Trace, x: Value) -> Expression:
