@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lipguard.capture.rules.arithmetic import PRODUCT
+from lipguard.capture.rules.arithmetic import PRODUCT, scaled
 from lipguard.capture.rules.linear import einsum
 from lipguard.capture.rules.operands import Operand, applied, by_basis, node_of
 from lipguard.capture.rules.registry import lowers
 from lipguard.capture.trace import Trace, Value
+from lipguard.rounding import UNIT
 
 
 @lowers("lerp")
@@ -24,7 +25,12 @@ def lerp(trace: Trace, input: Operand, end: Operand, weight: Operand) -> int:
         return node_of(trace, applied(trace, torch.add, input, step))
     # 1 - weight rounds once; as one factor of the input it leaves no cancellation behind.
     weight = trace.constant(weight, "weight") if isinstance(weight, Tensor) else weight
-    return node_of(trace, applied(trace, torch.add, _times(trace, input, 1 - weight), _times(trace, end, weight)))
+    rest = 1 - weight
+    if isinstance(input, Value):
+        start: Any = trace.value(scaled(trace, input, rest, UNIT), input.tensor * rest)
+    else:
+        start = _times(trace, input, rest)
+    return node_of(trace, applied(trace, torch.add, start, _times(trace, end, weight)))
 
 
 @lowers("addcmul")
