@@ -33,8 +33,9 @@ class _Form:
 
     def table(self, leaves: list[int]) -> Tensor:
         """Coefficients and the shift, (leaves + 1, size or 1)."""
-        rows = [self.coefficients.get(node, torch.zeros(())) for node in leaves] + [self.shift]
-        return torch.stack(torch.broadcast_tensors(*(row.to(torch.float64).reshape(-1) for row in rows)))
+        rows = [self.coefficients.get(node, torch.zeros_like(self.shift)) for node in leaves] + [self.shift]
+        device = next((row.device for row in rows if row.device.type != "cpu"), self.shift.device)
+        return torch.stack(torch.broadcast_tensors(*(row.to(device, torch.float64).reshape(-1) for row in rows)))
 
 
 @dataclass
@@ -113,7 +114,7 @@ def two_sides(trace: Trace, made: dict[int, Expression], leaves: frozenset[int])
         return total
     s = compared[0]
 
-    tables = torch.stack(torch.broadcast_tensors(*(form.table(nodes) for form in (*forms, s))))
+    tables = torch.stack(torch.broadcast_tensors(*(form.table(nodes).to(trace.device) for form in (*forms, s))))
     size = tables[:3].abs().amax(0)
     at, k = (_proportion(tables[i] - tables[0], tables[3], size, trace.unit) for i in (2, 1))
     del at  # on s = 0 itself: any multiple of s is 0 there

@@ -12,6 +12,7 @@ from torch import Tensor
 from lipguard.capture.rules.arithmetic import scaled
 from lipguard.capture.rules.convolution import per_dimension
 from lipguard.capture.rules.coupled import amax, amin
+from lipguard.capture.rules.operands import Operand, applied
 from lipguard.capture.rules.pooling import total
 from lipguard.capture.rules.rearrange import broadcast, joined, select
 from lipguard.capture.rules.registry import lowers
@@ -105,6 +106,20 @@ def matrix_norm(trace: Trace, input: Value, ord: Any = "fro", dim: Any = (-2, -1
     if ord != "fro":
         trace.refuse(f"is a norm of matrices, {ord!r}, which has no rule. The Frobenius norm has.")
     return norm(trace, input, 2.0, dim, keepdim)
+
+
+@lowers("pairwise_distance")
+def pairwise_distance(trace: Trace, x1: Operand, x2: Operand, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> int:
+    """The norm of x1 - x2 + eps over the last dimension."""
+    difference = applied(trace, torch.add, applied(trace, torch.sub, x1, x2), eps)
+    return norm(trace, difference, p, -1, keepdim)
+
+
+@lowers("cdist")
+def cdist(trace: Trace, x1: Operand, x2: Operand, p: float = 2.0, compute_mode: Any = None) -> int:
+    """The norms of all differences of rows of x1 and x2."""
+    rows, columns = applied(trace, torch.unsqueeze, x1, dim=-2), applied(trace, torch.unsqueeze, x2, dim=-3)
+    return norm(trace, applied(trace, torch.sub, rows, columns), p, -1)
 
 
 def of_pairs(trace: Trace, a: Value, b: Value, kind: Callable[[Tensor], Contraction]) -> int:

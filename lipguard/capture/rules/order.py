@@ -74,6 +74,8 @@ def cummax(trace: Trace, input: Value, dim: int) -> tuple[int, int]:
     """The largest of the first entries along a dimension."""
     dim = _inside(trace, input, dim)
     size = input.tensor.shape[dim]
+    if size == 1:
+        return input.node, UNKNOWN
     codes = torch.arange(input.size, device=input.tensor.device).reshape(input.tensor.shape[1:]).movedim(dim - 1, -1)
     first = torch.ones(size, size, dtype=torch.bool, device=codes.device).tril()
     index = torch.where(first, codes.unsqueeze(-2), -1).movedim(-2, dim - 1)  # (..., step, ..., place)

@@ -95,7 +95,7 @@ def interpolate(
     return _by_matrix(trace, input, input.tensor.ndim - 2, function)
 
 
-@lowers("grid_sample", "grid_sampler")
+@lowers("grid_sample")
 def grid_sample(trace: Trace, input: Value, grid: Tensor, *args: Any, **kwargs: Any) -> int:
     """Interpolation at constant places, the same for every sample."""
     if isinstance(grid, Value) or not isinstance(input, Value):
@@ -107,6 +107,11 @@ def grid_sample(trace: Trace, input: Value, grid: Tensor, *args: Any, **kwargs: 
     def function(x: Tensor) -> Tensor:
         return F.grid_sample(x, places[:1].expand(len(x), *places.shape[1:]), *args, **kwargs)
 
+    if (args[0] if args else kwargs.get("mode", "bilinear")) == "nearest":
+        dtype, exact = input.tensor.dtype, grid.to(input.tensor.dtype)
+        node = rearranged(trace, input, lambda code: _in_digits(code, lambda x: F.grid_sample(x, exact, *args, **kwargs), dtype))
+        assert isinstance(node, int)
+        return node
     return _by_matrix(trace, input, input.tensor.ndim - 2, function)
 
 

@@ -22,6 +22,13 @@ def convert(trace: Trace, input: Value | Tensor, *args: object, **kwargs: object
     return Placed(input.node, input.axis) if isinstance(input, Value) else None
 
 
+@lowers("copy")
+def copy(trace: Trace, input: Value | Tensor, src: Value | Tensor, non_blocking: bool = False) -> int | None:
+    """A tensor overwritten by another, whose entries repeat to its shape."""
+    shape = (input.tensor if isinstance(input, Value) else input).shape
+    return broadcast(trace, src, shape).node if isinstance(src, Value) else None
+
+
 @lowers("broadcast_tensors")
 def broadcast_tensors(trace: Trace, *tensors: object) -> tuple[int | None, ...]:
     """Every tensor expanded to the common shape."""

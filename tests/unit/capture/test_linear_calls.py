@@ -104,6 +104,13 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
         ),
         X4,
     ),
+    "grid_sample of pixels": (
+        lambda x: F.grid_sample(
+            x.view(-1, 1, 2, 2), like(x, torch.tensor([[[[0.1, 0.2]]]])).expand(len(x), 1, 1, 2), "nearest", align_corners=False
+        ),
+        X4,
+    ),
+    "copied": (lambda x: torch.empty_like(x).copy_(2 * x[:, :1]), X4),
     "filter": (lambda x: torch.fft.irfft(torch.fft.rfft(x) * 0.5, n=4), X4),
     "complex filter": (lambda x: torch.fft.ifft(torch.fft.fft(x, norm="ortho") * like(x, Z), norm="ortho").imag, X4),
     "fft2": (lambda x: torch.fft.ifft2(torch.fft.fft2(x) * 2j).imag, IMAGE),

@@ -139,6 +139,8 @@ def test_they_are_rebuilt_from_their_record(f: Callable[[Tensor], Tensor]) -> No
         (lambda x: torch.linalg.vector_norm(x, math.inf, dim=1), (4,), 1, 1),
         (lambda x: torch.linalg.matrix_norm(x.view(-1, 2, 2)), (4,), 1, 1),
         (lambda x: x[:, :1].norm(dim=1), (4,), 1, 1),
+        (lambda x: torch.cdist(x, torch.ones(3, 4).to(x)), (4,), math.sqrt(3), math.sqrt(3)),
+        (lambda x: nn.functional.pairwise_distance(x, torch.ones(4).to(x)), (4,), 1, 1),
         (lambda x: torch.hypot(x[:, :2], x[:, 2:]), (4,), 1, 1),
         (lambda x: torch.logsumexp(x.view(-1, 2, 2), (1, 2)), (4,), 1, 1),
         (lambda x: torch.logaddexp(x[:, :2], x[:, 2:]), (4,), 1, 1),
