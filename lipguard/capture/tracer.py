@@ -265,7 +265,7 @@ class Tracer(TorchFunctionMode):
                 f"{trace.place} gives shape {tuple(result.shape)} where {rows} samples of {size} entries are held: the batch "
                 "dimension must stay first, as in x.flatten(1) or x.view(x.shape[0], -1)."
             )
-        mask = node in trace.pending and bool(trace.pending[node].mask)
+        mask = result.dtype == torch.bool and node in trace.pending and bool(trace.pending[node].mask)
         if not (result.is_floating_point() or result.is_complex() or mask):
             trace.refuse(f"casts to {result.dtype}: a step function has no Lipschitz constant.")
         return node, axis

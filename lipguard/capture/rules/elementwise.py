@@ -17,7 +17,7 @@ from lipguard.capture.expressions import JUMPS, Algebra, Expression, choose, com
 from lipguard.capture.rules import arithmetic, lengths, rearrange
 from lipguard.capture.rules.arithmetic import QUOTIENT
 from lipguard.capture.rules.operands import Operand
-from lipguard.capture.rules.refused import REASONS
+from lipguard.capture.rules.refused import NORMALIZE, REASONS
 from lipguard.capture.rules.registry import lowers
 from lipguard.capture.trace import UNKNOWN, Trace, Value
 from lipguard.network.contraction import Length, LogSumExp
@@ -55,7 +55,11 @@ def _difference(a: Algebra, x: Any, y: Any) -> Any:
 
 
 def added(trace: Trace, input: Operand, other: Operand) -> int:
-    """input + other, where one of them is not settled yet."""
+    """input + other, where one of them is not settled yet; torch adds truth values as `or`."""
+    if all(
+        isinstance(o, Value | Tensor) and (o.tensor if isinstance(o, Value) else o).dtype == torch.bool for o in (input, other)
+    ):
+        return extended(trace, _or, [input, other], "", trace.call)
     return extended(trace, _sum, [input, other], "adds values of which no bound is known.")
 
 
@@ -66,7 +70,15 @@ def product(trace: Trace, input: Operand, other: Operand) -> int:
 
 def quotient(trace: Trace, input: Operand, other: Operand) -> int:
     """input / other, where the divisor depends on the input."""
-    return extended(trace, lambda a, x, y: a.times(x, a.applied("inverse", y)), [input, other], QUOTIENT)
+    return extended(trace, lambda a, x, y: a.times(x, a.applied("inverse", y)), [input, other], _divided(trace, other))
+
+
+def _divided(trace: Trace, divisor: Operand) -> str:
+    """Why a quotient has no bound: of a length what is known of it is told."""
+    node = trace.nodes[divisor.node] if isinstance(divisor, Value) and divisor.node not in trace.pending else None
+    while node is not None and node.selection is not None:
+        node = trace.nodes[node.sources[0]]
+    return NORMALIZE if node is not None and isinstance(node.coupling, Length) else QUOTIENT
 
 
 # Comparisons, and what is computed with their results.

@@ -48,7 +48,7 @@ def by_basis(trace: Trace, x: Value, function: Callable[[Tensor], Tensor]) -> in
     eye = torch.eye(x.size, dtype=torch.float64, device=x.tensor.device).reshape(x.size, *x.tensor.shape[1:])
     rows = function(eye)
     # Whether every sample is treated alike is seen from the basis in another order.
-    if rows.ndim == 0 or len(rows) != x.size or not torch.equal(function(eye.flip(0)), rows.flip(0)):
+    if rows.ndim == 0 or len(rows) != x.size or not torch.allclose(function(eye.flip(0)), rows.flip(0), 1e-12, 1e-12):
         trace.refuse("mixes the samples of a batch, or treats them differently.")
     check_size(trace, rows.numel())
     return trace.affine(x, Dense(rows.reshape(x.size, -1).T.contiguous()))

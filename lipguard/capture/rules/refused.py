@@ -29,7 +29,7 @@ _GATED = (
     "steps and that no method here computes. Bound the parts before and after it with submodule=..., or use nn.RNNCell in a "
     "loop, which is captured."
 )
-_NORMALIZE = (
+NORMALIZE = (
     "divides by the sample's own length: the slope of x / |x| is 1 / |x|, which has no bound near zero; where |x| >= r the "
     "constant is 1 / r. Bound the part before it with submodule=..., and divide by the least length on the domain."
 )
@@ -59,8 +59,8 @@ REASONS = dict.fromkeys((
     "isnan", "isinf", "isfinite", "isclose", "any", "all", "argmax", "argmin", "argsort", "count_nonzero", "nonzero",
     "masked_select", "unique", "bincount", "histc", "searchsorted", "bucketize",
 ), _JUMPS) | dict.fromkeys(("std", "var", "std_mean", "var_mean"), _SPREAD) | {
-    "normalize": _NORMALIZE,
-    "cosine_similarity": _NORMALIZE,
+    "normalize": NORMALIZE,
+    "cosine_similarity": NORMALIZE,
     "local_response_norm": "divides by the squares of neighbouring channels: it is not a function of single entries, and has no "
     "rule. Bound the parts before and after it with submodule=....",
     "scaled_dot_product_attention": _ATTENTION,

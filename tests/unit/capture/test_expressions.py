@@ -47,6 +47,8 @@ PIECEWISE: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "by a cast mask": (lambda x: x * (x > 0).to(x.dtype), 1),
     "by its complement": (lambda x: x * ~(x <= 0), 1),
     "by two masks": (lambda x: x * ((x > 0) & (x >= 0)), 1),
+    "by a sum of masks": (lambda x: x * ((x > 0) + (x > 0)), 1),
+    "by a sum of numbers": (lambda x: x * ((x > 0).to(x.dtype) + (x > 0).to(x.dtype)), 2),
     "by masked_fill": (lambda x: x.masked_fill(x < 0, 0.0), 1),
     "by a written mask": (in_place, 1),
     "by heaviside": (lambda x: x * torch.heaviside(x, torch.ones(()).to(x)), 1),
@@ -151,9 +153,10 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "root": (lambda x: x.abs().sqrt(), "not bounded near zero"),
     "logarithm": (lambda x: x.log(), "not bounded near zero"),
     "quotient": (lambda x: x / (1 + x), "divides by a value"),
-    "normalised": (lambda x: x / x.norm(dim=1, keepdim=True), "divides by a value"),
+    "normalised": (lambda x: x / x.norm(dim=1, keepdim=True), "divides by the sample's own length"),
     "gate": (lambda x: x[:, :2] * torch.sigmoid(x[:, 2:]), "quadratic"),
     "wave of growing size": (lambda x: x * torch.sin(x), "quadratic"),
+    "whole numbers": (lambda x: x * (x > 0).to(torch.uint8), "casts to torch.uint8: a step function"),
     "entries by a mask": (lambda x: x[x > 0], JUMP),
 }  # fmt: skip
 
