@@ -387,10 +387,10 @@ class Skip(nn.Module):
     [
         (lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3)), {"weight": 1.0}, UnsupportedLayer, "net.1"),
         (
-            lambda: nn.Sequential(nn.Linear(4, 4), nn.Softmax(1)),
+            lambda: nn.Sequential(nn.Linear(4, 4), nn.Hardshrink()),
             {"penalty": "spectral", "weight": 1.0},
             UnsupportedLayer,
-            "Softmax",
+            "Hardshrink",
         ),
         (Skip, {"target": 1.9}, UnsupportedQuery, r"target=1.9 is below what the module can reach.* norm 2"),
         (Skip, {"penalty": "local", "weight": 1.0}, UnsupportedQuery, "joins branches"),

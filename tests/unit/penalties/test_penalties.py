@@ -590,9 +590,9 @@ def test_refusals():
         build("lipsdb", chain(3, 4, 2))
     with pytest.raises(UnknownName, match="does not take these options"):
         build("spectral", chain(3, 4, 2), torch.zeros(1, 3), domain=None)
-    unsupported = nn.Sequential(nn.Linear(4, 4), nn.Softmax(1))
+    unsupported = nn.Sequential(nn.Linear(4, 4), nn.Hardshrink())
     for name in ("lipsdp", "spectral", "toeplitz", "local", "certified"):
-        with pytest.raises(UnsupportedLayer, match="Softmax"):
+        with pytest.raises(UnsupportedLayer, match="Hardshrink"):
             build(name, unsupported, torch.zeros(1, 4))(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64))
     for make in (
         lambda: LipSDP(chain(3, 4, 2), torch.zeros(1, 3), every=0),
