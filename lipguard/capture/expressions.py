@@ -24,6 +24,7 @@ class Algebra(Protocol):
 
     def leaf(self, node: int) -> Any: ...  # noqa: D102
     def constant(self, value: Tensor) -> Any: ...  # noqa: D102
+    def mask(self, value: Tensor) -> Any: ...  # noqa: D102 - made of signs: its entries are those that are asked for
     def plus(self, a: Any, b: Any) -> Any: ...  # noqa: D102
     def times(self, a: Any, b: Any) -> Any: ...  # noqa: D102
     def applied(self, name: str, a: Any) -> Any: ...  # noqa: D102
@@ -162,7 +163,7 @@ def piecewise(a: Algebra, u: Any, f: PiecewiseLinear) -> Any:
     result = a.plus(a.constant(f.value), a.times(a.constant(f.pieces[0]), first))
     for j, b in enumerate(f.breaks):
         beyond = a.plus(u, a.constant(-b))
-        step = a.constant((a.sign(beyond) > 0).to(torch.float64))
+        step = a.mask((a.sign(beyond) > 0).to(torch.float64))
         result = a.plus(result, a.times(a.times(a.constant(f.pieces[j + 1] - f.pieces[j]), step), beyond))
     return result
 
@@ -190,7 +191,7 @@ def _scaled(a: Algebra, factor: Tensor | float, u: Any) -> Any:
 
 
 def _above(a: Algebra, u: Any, below: Any, above: Any) -> Any:
-    return choose(a, a.constant((a.sign(u) > 0).to(torch.float64)), above, below)
+    return choose(a, a.mask((a.sign(u) > 0).to(torch.float64)), above, below)
 
 
 def _elu(a: Algebra, u: Any, alpha: Tensor) -> Any:

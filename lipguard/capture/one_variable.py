@@ -56,6 +56,8 @@ class OneVariable:
         """A number for each entry."""
         return c.constant(value)
 
+    mask = constant
+
     def plus(self, a: Total, b: Total) -> Total:
         """a + b."""
         return c.plus(a, b)

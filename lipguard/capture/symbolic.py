@@ -18,12 +18,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from lipguard.capture.expressions import JUMPS, Algebra, Expression, combined, leaf, of_function, uniform
+from lipguard.capture.expressions import JUMPS, Algebra, Expression, combined, leaf, moved, of_function, uniform
 from lipguard.capture.one_variable import Jump, Unsettled, one_variable
 from lipguard.capture.two_sides import two_sides
 from lipguard.errors import InvalidModel, UnsupportedLayer
 from lipguard.network.activations import Elementwise
+from lipguard.network.operators import Index
 
 if TYPE_CHECKING:
     from lipguard.capture.trace import Trace
@@ -99,9 +101,24 @@ def _expanded(trace: Trace, expression: Expression) -> tuple[dict[int, Expressio
     return made, leaves
 
 
+def chosen(trace: Trace, i: int, index: Tensor) -> int:
+    """The node of another one's entries at the places of an index, none of them -1; what that one chose itself is looked through."""
+    before = trace.nodes[i].selection
+    if before is not None and bool((before[index] >= 0).all()):
+        return chosen(trace, trace.nodes[i].sources[0], before[index])
+    if torch.equal(index, torch.arange(trace.sizes[i], device=index.device)):
+        return i
+    return trace.affine(trace.at(i), Index(index, trace.sizes[i]))
+
+
 def _taken_apart(trace: Trace, i: int) -> Expression | None:
     """A node as an expression of what it reads, entry by entry; None where it is more than that."""
     node = trace.nodes[i]
+    if node.selection is not None and bool((node.selection >= 0).all()):
+        # Of entries that are chosen: what is done to each is done to fewer of them.
+        whole = _taken_apart(trace, node.sources[0])
+        index = node.selection
+        return None if whole is None else moved(whole, index, lambda s: chosen(trace, s, index))
     if node.loop is not None or not node.in_place or not node.sources:
         return None
     parts = [leaf(source) for source in node.sources]

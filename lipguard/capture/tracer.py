@@ -196,16 +196,21 @@ class Tracer(TorchFunctionMode):
             of_torch = kind is not None and kind.__module__.startswith("torch.nn.modules")
             what = f"nn.{kind.__name__}" if kind is not None and of_torch else trace.call
             trace.refuse(f"has no rule. Bound a submodule with submodule=..., or add one with @lowers({what}).")
+        axis = self._axis((args, kwargs))
+        elsewhere = BatchMoved(
+            f"{trace.place} is given a value whose samples lie along dimension {axis}. Move them to the first dimension, "
+            f"x.movedim({axis}, 0)."
+        )
         try:
             node = rule(trace, *self._values(args, rule), **self._values(kwargs, rule))
         except TypeError as error:
             raise UnsupportedLayer(f"{trace.place} is called with arguments that its rule does not know: {error}") from error
-        axis = self._axis((args, kwargs))
-        if not takes_whole(rule) and axis and not self._follows(key, node, args, kwargs):
-            raise BatchMoved(
-                f"{trace.place} is given a value whose samples lie along dimension {axis}. Move them to the first dimension, "
-                f"x.movedim({axis}, 0)."
-            )
+        except UnsupportedLayer as error:
+            if axis and not takes_whole(rule):  # the rule met them elsewhere than they lie
+                raise elsewhere from error
+            raise
+        if axis and not takes_whole(rule) and not self._follows(key, node, args, kwargs):
+            raise elsewhere
         return node
 
     def _follows(self, key: object, node: Any, args: Any, kwargs: Any) -> bool:

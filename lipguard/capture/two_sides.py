@@ -57,6 +57,8 @@ class _Sides:
     def constant(self, value: Tensor) -> _Form:
         return _Form({}, value)
 
+    mask = constant
+
     def plus(self, a: _Form, b: _Form) -> _Form:
         both = {n: a.coefficients.get(n, 0.0) + b.coefficients.get(n, 0.0) for n in {**a.coefficients, **b.coefficients}}
         return _Form(both, a.shift + b.shift)  # type: ignore[arg-type]

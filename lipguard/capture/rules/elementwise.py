@@ -86,7 +86,7 @@ def _divided(trace: Trace, divisor: Operand) -> str:
 
 def _register_comparison(names: tuple[str, ...], holds: Callable[[Tensor], Tensor]) -> None:
     def compare(a: Algebra, x: Any, y: Any) -> Any:
-        return a.constant(holds(a.sign(_difference(a, x, y))).to(torch.float64))
+        return a.mask(holds(a.sign(_difference(a, x, y))).to(torch.float64))
 
     def rule(trace: Trace, input: Operand, other: Operand) -> int:
         try:
@@ -151,7 +151,7 @@ def masked_fill(trace: Trace, input: Any, mask: Any, value: Any) -> int:
 @lowers("sign", "sgn")
 def sign(trace: Trace, input: Value) -> int:
     """A step, which products may make continuous again."""
-    return extended(trace, lambda a, x: a.constant(a.sign(x)), [input], "", trace.call)
+    return extended(trace, lambda a, x: a.mask(a.sign(x)), [input], "", trace.call)
 
 
 @lowers("heaviside")
@@ -160,7 +160,7 @@ def heaviside(trace: Trace, input: Value, values: Operand) -> int:
 
     def step(a: Algebra, x: Any, y: Any) -> Any:
         side = a.sign(x)
-        return a.plus(a.constant((side > 0).to(torch.float64)), a.times(a.constant((side == 0).to(torch.float64)), y))
+        return a.plus(a.mask((side > 0).to(torch.float64)), a.times(a.mask((side == 0).to(torch.float64)), y))
 
     return extended(trace, step, [input, values], "", trace.call)
 
@@ -170,7 +170,7 @@ def threshold(trace: Trace, input: Value, threshold: float, value: float, inplac
     """z above a threshold, a number below."""
 
     def chosen(a: Algebra, x: Any, t: Any, v: Any) -> Any:
-        return choose(a, a.constant((a.sign(_difference(a, x, t)) > 0).to(torch.float64)), x, v)
+        return choose(a, a.mask((a.sign(_difference(a, x, t)) > 0).to(torch.float64)), x, v)
 
     return extended(trace, chosen, [input, threshold, value], REASONS["_threshold"])
 

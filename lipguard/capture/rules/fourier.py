@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from lipguard.capture.rules import arithmetic, pooling, rearrange, writes
 from lipguard.capture.rules.lengths import of_pairs
 from lipguard.capture.rules.linear import einsum
 from lipguard.capture.rules.registry import lowers, lowers_complex
-from lipguard.capture.trace import Trace, Value
+from lipguard.capture.trace import Placed, Trace, Value
 from lipguard.network.contraction import Length
 from lipguard.network.operators import Conv, Diagonal
 
@@ -108,12 +109,13 @@ for _suffix, _default in (("2", (-2, -1)), ("n", None)):
 
 
 def _register_move(name: str, move: Callable[..., Any]) -> None:
-    def rule(trace: Trace, input: Value, *args: Any, **kwargs: Any) -> int | tuple[int, ...]:
+    def rule(trace: Trace, input: Value, *args: Any, **kwargs: Any) -> Placed | tuple[Placed, ...]:
         if not isinstance(input, Value) or rearrange.depends((args, kwargs)):
             trace.refuse("reads entries at places that depend on the input.")
-        return rearrange.rearranged(trace, pairs(trace, input), lambda code: _shown(move(_numbers(code), *args, **kwargs)))
+        whole = replace(pairs(trace, input), axis=input.axis)
+        return rearrange.placed(trace, whole, lambda code: _shown(move(_numbers(code), *args, **kwargs)))
 
-    lowers_complex(name)(rule)
+    lowers_complex(name, whole=True)(rule)
 
 
 def _register_join(name: str, join: Callable[..., Tensor]) -> None:

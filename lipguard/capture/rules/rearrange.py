@@ -16,6 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 from lipguard.capture.expressions import JUMPS
 from lipguard.capture.expressions import moved as moved_expression
 from lipguard.capture.rules.registry import lowers
+from lipguard.capture.symbolic import chosen
 from lipguard.capture.trace import BatchMoved, Placed, Trace, Value
 from lipguard.network.operators import Index
 
@@ -142,7 +143,7 @@ def _emit(trace: Trace, x: Value, index: Tensor, fill: float = 0.0) -> int:
     shift = fill * (index < 0).to(torch.float64) if fill and bool((index < 0).any()) else None
     if x.node in trace.pending and not bool((index < 0).any()):
         pending = trace.pending[x.node]
-        return trace.put(moved_expression(pending, index, lambda node: select(trace, node, index, x.size)), len(index))
+        return trace.put(moved_expression(pending, index, lambda node: chosen(trace, node, index)), len(index))
     source, place, size = _read(trace, x)
     return select(trace, source, torch.where(index < 0, -1, place[index]), size, shift)
 

@@ -86,11 +86,13 @@ def lowers(*keys: type[nn.Module] | Callable[..., object] | str, whole: bool = F
     return register
 
 
-def lowers_complex(*names: str) -> Callable[[RuleT], RuleT]:
+def lowers_complex(*names: str, whole: bool = False) -> Callable[[RuleT], RuleT]:
     """Register a rule for calls in which a complex tensor takes part; a complex value has two entries for each number."""
 
     def register(rule: RuleT) -> RuleT:
         _COMPLEX.update(dict.fromkeys(names, rule))
+        if whole:
+            _WHOLE.add(rule)
         return rule
 
     return register
