@@ -100,7 +100,7 @@ class SOC(nn.Module):
 
 
 class BCOP(nn.Module):
-    """An orthogonal convolution from projections: the products of (1 - P) + P z along both directions, times an orthogonal map."""
+    """Orthogonal: (1 - P) + P z for projections P, along both directions, times an orthogonal map (Li et al. 2019)."""
 
     def __init__(self, channels=2) -> None:
         super().__init__()
