@@ -168,6 +168,14 @@ class SpatialTransformer(nn.Module):
         return F.grid_sample(x, grid, align_corners=False)
 
 
+class Warp(nn.Module):
+    """A rotation by 30 degrees."""
+
+    def forward(self, x):
+        theta = torch.tensor([[[0.866, -0.5, 0.0], [0.5, 0.866, 0.0]]]).expand(len(x), -1, -1)
+        return F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), align_corners=False)
+
+
 class VNet(nn.Module):
     """Volumes: strided down, transposed up, PReLU, a skip."""
 
@@ -329,6 +337,7 @@ DENSE = {
     "Style transfer with InstanceNorm": Specimen(
         lambda: nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.ReLU()), (3, 6, 6)
     ),
+    "Warp by a fixed grid": Specimen(lambda: nn.Sequential(cbr(1, 2), Warp()), (1, 6, 6)),
     "Spatial transformer": Specimen(SpatialTransformer, (1, 6, 6)),
     "V-Net of volumes": Specimen(VNet, (1, 4, 4, 4)),
     "Autoencoder": Specimen(lambda: mlp(16, 10, 4, 10, 16), (16,)),

@@ -284,7 +284,12 @@ LIPSCHITZ = {
         ),
         (1, 4, 4),
     ),
-    "L2-norm pooling": Specimen(lambda: nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), L2Pool(), nn.Flatten()), (1, 4, 4)),
+    "L2-norm pooling": Specimen(
+        lambda: nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.LPPool2d(2, 2), nn.Flatten(), nn.Linear(8, 2)), (1, 4, 4)
+    ),
+    "L2-norm pooling, written out": Specimen(
+        lambda: nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), L2Pool(), nn.Flatten()), (1, 4, 4)
+    ),
     "Global L2-norm pooling": Specimen(
         lambda: nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), GlobalL2(), nn.Linear(3, 2)), (1, 4, 4)
     ),

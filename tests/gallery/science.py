@@ -83,6 +83,17 @@ class RadialKAN(nn.Module):
         return self.linear(torch.exp(-(((x[..., None] - self.knots) / self.h) ** 2)).flatten(1))
 
 
+class RadialBasis(nn.Module):
+    """Cones relu(2 - d) of the distances d to learned centres."""
+
+    def __init__(self, inputs, centres) -> None:
+        super().__init__()
+        self.centres, self.out = nn.Parameter(torch.randn(centres, inputs)), nn.Linear(centres, 2)
+
+    def forward(self, x):
+        return self.out(F.relu(2 - torch.cdist(x, self.centres)))
+
+
 class Spectral1d(nn.Module):
     """FNO: the lowest modes mixed by complex weights (Li et al. 2021)."""
 
@@ -443,8 +454,9 @@ SCIENCE = {
     "NeRF with positional encoding": Specimen(lambda: nn.Sequential(Encoding(), mlp(21, 16, 16, 4)), (3,)),
     "Fourier features": Specimen(lambda: nn.Sequential(FourierFeatures(), mlp(12, 12, 1)), (2,)),
     "KAN of hat functions": Specimen(lambda: nn.Sequential(HatKAN(2, 4), HatKAN(4, 1)), (2,)),
-    "KAN of B-splines": Specimen(lambda: SplineKAN(2, 2), (2,)),
+    "KAN of B-splines": Specimen(lambda: SplineKAN(2, 2, grid=2), (2,)),
     "KAN of Gaussians": Specimen(lambda: nn.Sequential(RadialKAN(2, 4), RadialKAN(4, 1)), (2,)),
+    "Radial basis functions": Specimen(lambda: RadialBasis(3, 5), (3,)),
     "Fourier neural operator, 1-d": Specimen(lambda: nn.Sequential(nn.Conv1d(1, 3, 1), Spectral1d(), nn.Conv1d(3, 1, 1)), (1, 8)),
     "Fourier neural operator, 2-d": Specimen(
         lambda: nn.Sequential(nn.Conv2d(1, 2, 1), Residual(Spectral2d()), nn.GELU(), nn.Conv2d(2, 1, 1)), (1, 6, 6)

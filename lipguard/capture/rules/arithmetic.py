@@ -24,7 +24,10 @@ PRODUCT = (
     "hold one of them constant."
 )
 
-QUOTIENT = "divides by a value that depends on the input: its slope has no bound near zero."
+QUOTIENT = (
+    "divides by a value that depends on the input: its slope has no bound near zero. Bound the part before it with "
+    "submodule=..., or hold the divisor fixed."
+)
 
 
 def open_operand(trace: Trace, *operands: Operand) -> bool:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lipguard.capture.rules.arithmetic import scaled
+from lipguard.capture.rules.arithmetic import scaled, sub
 from lipguard.capture.rules.convolution import per_dimension
 from lipguard.capture.rules.coupled import amax, amin
 from lipguard.capture.rules.operands import Operand, applied
 from lipguard.capture.rules.pooling import total
-from lipguard.capture.rules.rearrange import broadcast, joined, select
+from lipguard.capture.rules.rearrange import broadcast, joined, moved, select
 from lipguard.capture.rules.registry import lowers
 from lipguard.capture.trace import UNKNOWN, Trace, Value
 from lipguard.network import activations
@@ -90,6 +90,16 @@ def norm(
     if reduced is None:
         trace.refuse(f"is a norm of order {order}, which has no rule. Those of order 1, 2 and inf have.")
     return reduced(trace, size, dims, keepdim)
+
+
+@lowers("cdist")
+def cdist(trace: Trace, x1: Value | Tensor, x2: Value | Tensor, p: float = 2.0, compute_mode: Any = None) -> int:
+    """Distances of points to constant ones."""
+    if isinstance(x2, Value) or not isinstance(x1, Value):
+        trace.refuse("measures distances to points that depend on the input, which has no rule. Use (x - y).norm(dim=...).")
+    apart, places = moved(trace, x1, lambda code: code.unsqueeze(-2)), x2.unsqueeze(-3)
+    difference = trace.value(sub(trace, apart, places), apart.tensor - places)
+    return norm(trace, difference, p, -1)
 
 
 @lowers("linalg_norm")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from lipguard.capture.rules.convolution import per_dimension
-from lipguard.capture.rules.operands import check_size
+from lipguard.capture.rules.operands import by_basis, check_size
 from lipguard.capture.rules.rearrange import rearranged
 from lipguard.capture.rules.registry import lowers
 from lipguard.capture.trace import UNKNOWN, Trace, Value
@@ -95,11 +95,20 @@ def interpolate(
     return _by_matrix(trace, input, input.tensor.ndim - 2, function)
 
 
-@lowers("grid_sample")
+@lowers("affine_grid", "affine_grid_generator")
+def affine_grid(trace: Trace, theta: Value, size: Any, align_corners: bool | None = None) -> int:
+    """Places, linear in the coefficients of the affine maps."""
+    return by_basis(trace, theta, lambda basis: F.affine_grid(basis, [len(basis), *size[1:]], bool(align_corners)))
+
+
+@lowers("grid_sample", "grid_sampler")
 def grid_sample(trace: Trace, input: Value, grid: Tensor, *args: Any, **kwargs: Any) -> int:
     """Interpolation at constant places, the same for every sample."""
     if isinstance(grid, Value) or not isinstance(input, Value):
-        trace.refuse("samples at places that depend on the input: a product of values and of weights that move with them.")
+        trace.refuse(
+            "samples at places that depend on the input: a product of values and of weights that move with them, which has no "
+            "global Lipschitz constant. Hold the places fixed, or bound what makes them with submodule=...."
+        )
     places = trace.constant(grid, "grid")
     if not bool((places == places[:1]).all()):
         trace.refuse("treats the samples of a batch differently.")

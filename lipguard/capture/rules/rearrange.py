@@ -285,6 +285,11 @@ def assembled_anywhere(trace: Trace, parts: list[Any], join: Callable[[list[Tens
             offset += part.size
         else:
             part = part if isinstance(part, Tensor) else torch.tensor(part, dtype=torch.float64, device=device)
+            if bool(part.isinf().any()):  # as a mask does before a softmax
+                trace.refuse(
+                    "puts infinite numbers beside values: the result is no vector of real numbers. Select the entries that are "
+                    "left, x[..., kept], or bound the part before it with submodule=...."
+                )
             constants.append(trace.constant(part, "constant").to(device))
             codes.append(torch.zeros_like(constants[-1]))
     index, axis = _index(trace, join(codes), rows, total)

@@ -35,7 +35,7 @@ NORMALIZE = (
 )
 _POWER = (
     "is a power: its slope is not bounded on all of R. On a domain where |z| <= R, z^2 has the constant 2 R. Bound the part "
-    "before it with submodule=...."
+    "before it with submodule=..., or write a length as torch.linalg.vector_norm(x, dim=1) or nn.LPPool2d(2, k), which are read."
 )
 _ROOT = (
     "has a slope that is not bounded near zero; where z >= r > 0 it has one. Bound the part before it with submodule=..., or "
@@ -46,6 +46,7 @@ _EXPONENTIAL = (
     "submodule=...."
 )
 
+_STEP = "is a step function: it has no Lipschitz constant. Leave it out, or bound the part before it with submodule=...."
 _JUMPS = (
     "asks a question of values that depend on the input: what is chosen by the answer jumps unless both choices agree where it "
     "changes. Write it with relu, clamp or abs, or bound the part before it with submodule=...."
@@ -77,9 +78,9 @@ REASONS = dict.fromkeys((
     "sqrt": _ROOT,
     "rsqrt": _ROOT,
     "log": _ROOT,
-    "round": "is a step function: it has no Lipschitz constant.",
-    "floor": "is a step function: it has no Lipschitz constant.",
-    "ceil": "is a step function: it has no Lipschitz constant.",
+    "round": _STEP,
+    "floor": _STEP,
+    "ceil": _STEP,
     "_threshold": "jumps at its threshold unless both sides agree there: write it as clamp(min=...).",
     "hardshrink": "jumps at its threshold: it has no Lipschitz constant.",
     "embedding": "is a table look-up: its input is not a vector of real numbers.",
