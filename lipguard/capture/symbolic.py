@@ -102,7 +102,7 @@ def _expanded(trace: Trace, expression: Expression) -> tuple[dict[int, Expressio
 
 
 def chosen(trace: Trace, i: int, index: Tensor) -> int:
-    """The node of another one's entries at the places of an index, none of them -1; what that one chose itself is looked through."""
+    """The node of another one's entries at the places of an index, none of them -1; a choice among a choice is one."""
     before = trace.nodes[i].selection
     if before is not None and bool((before[index] >= 0).all()):
         return chosen(trace, trace.nodes[i].sources[0], before[index])
