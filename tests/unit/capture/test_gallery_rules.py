@@ -84,5 +84,5 @@ def test_an_infinite_mask_is_refused() -> None:
         def forward(self, x):
             return torch.softmax(x.masked_fill(torch.eye(3) > 0, -torch.inf), -1).flatten(1)
 
-    with pytest.raises(errors.UnsupportedLayer, match="infinite numbers beside values.*Select the entries"):
+    with pytest.raises(errors.UnsupportedLayer, match=r"infinite numbers beside values.*Select the entries"):
         lg.capture(Masked(), torch.zeros(1, 3, 3))
