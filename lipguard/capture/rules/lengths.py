@@ -92,16 +92,6 @@ def norm(
     return reduced(trace, size, dims, keepdim)
 
 
-@lowers("cdist")
-def cdist(trace: Trace, x1: Value | Tensor, x2: Value | Tensor, p: float = 2.0, compute_mode: Any = None) -> int:
-    """Distances of points to constant ones."""
-    if isinstance(x2, Value) or not isinstance(x1, Value):
-        trace.refuse("measures distances to points that depend on the input, which has no rule. Use (x - y).norm(dim=...).")
-    apart, places = moved(trace, x1, lambda code: code.unsqueeze(-2)), x2.unsqueeze(-3)
-    difference = trace.value(sub(trace, apart, places), apart.tensor - places)
-    return norm(trace, difference, p, -1)
-
-
 @lowers("linalg_norm")
 def any_norm(trace: Trace, input: Value, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> int:
     """Of vectors over one dimension, or over several without an order; else of matrices over two."""
