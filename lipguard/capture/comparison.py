@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lipguard.network import Activation, Affine, Input, Network, Sum, Walk
+from lipguard.network import Activation, Affine, Input, Network, Operator, Sum, Walk
 from lipguard.network.vertex import Vertex
 
 _SIGMAS = 40
@@ -28,6 +28,9 @@ _SWITCH = math.exp(-20)
 
 _SOLVED = 1e-9
 """Relative accuracy to which modules solve for an equilibrium."""
+
+_ENTRIES = 2**20
+"""Entries of one node's value that are computed at once: larger values leave the cache, and fresh memory is slow."""
 
 
 class Comparison:
@@ -46,9 +49,11 @@ class Comparison:
             torch.tensor(numbers, dtype=torch.float64, device=x.device)[:, None, None]
             for numbers in ([kind.eps / 2 for kind in kinds], [kind.smallest_normal * kind.eps for kind in kinds])
         )
+        maps: dict[int, tuple[Operator, Operator]] = {}
+        parts = x.split(max(1, _ENTRIES // max(steps.sizes)))
         with torch.no_grad():
-            self.values = network(x)
-            deviations = steps.conclude(_Rounding(x, units, least))[1]
+            self.values = torch.cat([network(part) for part in parts])
+            deviations = torch.cat([steps.conclude(_Rounding(part, units, least, maps))[1] for part in parts], dim=1)
         self._deviation = dict(zip(dtypes, deviations, strict=True))
 
     def disagreement(self, y: Tensor, dtype: torch.dtype) -> float | None:
@@ -70,10 +75,11 @@ class _Rounding(Walk[tuple[Tensor, Tensor]]):
     Args:
         x: inputs.
         units, least: unit of roundoff and least positive number of each precision, (precisions, 1, 1).
+        maps: the operators' absolute values and squares by node, for further inputs.
     """
 
-    def __init__(self, x: Tensor, units: Tensor, least: Tensor) -> None:
-        self.x, self.units, self.least = x, units, least
+    def __init__(self, x: Tensor, units: Tensor, least: Tensor, maps: dict[int, tuple[Operator, Operator]]) -> None:
+        self.x, self.units, self.least, self.maps = x, units, least, maps
 
     def input(self, i: int, node: Input) -> tuple[Tensor, Tensor]:
         # Rounded once where the module runs in less than the precision of x.
@@ -81,13 +87,18 @@ class _Rounding(Walk[tuple[Tensor, Tensor]]):
 
     def affine(self, i: int, node: Affine, read: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x, s = read
-        absolute, terms = node.operator.abs(), node.operator.terms
+        terms = node.operator.terms
+        if i not in self.maps:
+            self.maps[i] = node.operator.abs(), node.operator.mapped(torch.square) if terms > 1 else node.operator
+        absolute, squared = self.maps[i]
         # Errors of one term go through as they are, however small; those of several add up as independent ones do.
-        through = absolute(s) if terms <= 1 else node.operator.mapped(torch.square)(s.square()).sqrt_()
+        through = absolute(s) if terms <= 1 else squared(s.square()).sqrt_()
         size = absolute(x.abs())
         if node.bias is not None:
             size = size + node.bias.abs()
-        return node.value(x), torch.hypot(through, math.sqrt(terms + 1) * (self.units * size + self.least))
+        factor = math.sqrt(terms + 1)
+        own = (size * (factor * self.units)).add_(factor * self.least)
+        return node.value(x), own.hypot_(through)
 
     def activation(self, i: int, node: Activation, read: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x, s = read

@@ -121,6 +121,9 @@ class _Moved:
     def constant(self, value: Tensor) -> Any:
         return self.inner.constant(value[self.index] if value.ndim else value)
 
+    def mask(self, value: Tensor) -> Any:
+        return self.inner.mask(value)
+
     def plus(self, a: Any, b: Any) -> Any:
         return self.inner.plus(a, b)
 

@@ -6,6 +6,7 @@ index, and along which dimension the samples lie. Whether a sample's entries eve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -284,12 +285,13 @@ def assembled_anywhere(trace: Trace, parts: list[Any], join: Callable[[list[Tens
             begins.append(offset)
             offset += part.size
         else:
-            part = part if isinstance(part, Tensor) else torch.tensor(part, dtype=torch.float64, device=device)
-            if bool(part.isinf().any()):  # as a mask does before a softmax
-                trace.refuse(
-                    "puts infinite numbers beside values: the result is no vector of real numbers. Select the entries that are "
-                    "left, x[..., kept], or bound the part before it with submodule=...."
-                )
+            if not isinstance(part, Tensor):
+                if math.isinf(part):  # as a mask puts before a softmax
+                    trace.refuse(
+                        "puts infinite numbers beside values: the result is no vector of real numbers. Select the entries that are "
+                        "left, x[..., kept], or bound the part before it with submodule=...."
+                    )
+                part = torch.tensor(part, dtype=torch.float64, device=device)
             constants.append(trace.constant(part, "constant").to(device))
             codes.append(torch.zeros_like(constants[-1]))
     index, axis = _index(trace, join(codes), rows, total)
