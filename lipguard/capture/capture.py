@@ -128,7 +128,7 @@ def _capture(model: nn.Module, query: Query, live: bool, which: str | None, sour
                 raise
             # Written for one vector, the example is one sample as a whole, such as a column (n, 1).
             whole = Reader(part, call.whole(given), None, root, which)
-            if not whole.runs():
+            if not whole.runs() or whole.takes_more():
                 raise
             reader, reading = whole, whole.read(whole.call.row, live)
         network = checked(reader, reading, repeated)

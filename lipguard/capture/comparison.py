@@ -60,12 +60,12 @@ class Comparison:
         """The largest difference of a module's results from the network's values, where rounding cannot explain it; else None.
 
         Args:
-            y: what the module computed in `dtype`, (rows, m); rows with entries that are not finite are left out.
+            y: what the module computed of the first rows in `dtype`, (rows, m); rows that are not finite are left out.
             dtype: one of `dtypes`.
         """
-        rows = y.isfinite().all(1)
-        difference = (y.double() - self.values).abs()
-        wrong = (difference > _SIGMAS * self._deviation[dtype] + torch.finfo(dtype).tiny) & rows[:, None]
+        value, deviation = self.values[: len(y)], self._deviation[dtype][: len(y)]
+        difference = (y.double() - value).abs()
+        wrong = (difference > _SIGMAS * deviation + torch.finfo(dtype).tiny) & y.isfinite().all(1, keepdim=True)
         return float(difference[wrong].max()) if bool(wrong.any()) else None
 
 
@@ -103,10 +103,14 @@ class _Rounding(Walk[tuple[Tensor, Tensor]]):
     def activation(self, i: int, node: Activation, read: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x, s = read
         value = node.value(x)
-        steepest = torch.maximum(*(end.abs() for end in node.slopes))
-        own = value.abs() + steepest * x.abs().clamp(min=1)
-        own = _ULPS * self.units * own + node.function.rounding(x) + _SWITCH  # the module's rounding, and that of the value here
-        return value, steepest * s + own
+        # The error of the argument, with that of computing the function as it were there; and that of the value.
+        spread = s + _ULPS * self.units * x.abs().clamp(min=1)
+        through = torch.maximum(*(end.abs() for end in node.slopes)) * spread
+        if bool((_SIGMAS * through > value.abs().amax(1, keepdim=True)).any()):
+            # Errors of very large numbers, as of a mask of -1e9, end where the function is flat.
+            through = torch.minimum(through, torch.stack([_moved(node, x, value, each) for each in spread]))
+        own = _ULPS * self.units * value.abs() + node.function.rounding(x) + _SWITCH  # of the value, in the module and here
+        return value, through + own
 
     def total(self, i: int, node: Sum, *read: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         value = node.value(*(x for x, _ in read))
@@ -124,3 +128,9 @@ class _Rounding(Walk[tuple[Tensor, Tensor]]):
             moved = torch.maximum(moved, torch.stack([node.value(x + sign * s) - value for s in deviation]).abs())
         solved = _SOLVED * value.abs().amax() if node.loop is not None else 0.0
         return value, 2 * moved + _ULPS * self.units * value.abs() + solved
+
+
+def _moved(node: Activation, x: Tensor, value: Tensor, s: Tensor) -> Tensor:
+    """How far a function is moved by errors of one standard deviation s, and of the allowed multiple of it, in units of s."""
+    steps = [(node.value(x + k * sign * s) - value).abs() / k for k in (1, _SIGMAS) for sign in (-1, 1)]
+    return torch.stack(steps).amax(0)

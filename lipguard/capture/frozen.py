@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -25,11 +26,17 @@ def frozen(model: nn.Module) -> Iterator[None]:
     """
     modules = list(model.modules())
     attributes = [(m, dict(m.__dict__), [dict(m.__dict__[s]) for s in _STORES]) for m in modules]
-    tensors = [(t, t.detach().clone(), t.requires_grad, t.grad) for t in (*model.parameters(), *model.buffers())]
+    containers: dict[int, tuple[Any, Any]] = {}
+    loose: dict[int, Tensor] = {}
+    for module in modules:
+        _collect({k: v for k, v in module.__dict__.items() if k not in _STORES}, containers, loose)
+    plain = [t for t in loose.values() if t.grad_fn is None and not t.is_meta]
+    tensors = [(t, t.detach().clone(), t.requires_grad, t.grad) for t in (*model.parameters(), *model.buffers(), *plain)]
     grads = [None if g is None else g.detach().clone() for *_, g in tensors]
     with ExitStack() as stack:
         stack.callback(_restore_tensors, tensors, grads)
         stack.callback(_restore_attributes, attributes)
+        stack.callback(_restore_containers, list(containers.values()))
         stack.callback(_generators())
         stack.enter_context(torch.inference_mode(False))
         for kind in {t.device.type for t, *_ in tensors} | {"cpu"}:
@@ -94,6 +101,31 @@ def _restore_attributes(attributes: list[tuple[nn.Module, dict[str, Any], Any]])
             _restore(module.__dict__[name], store)
 
 
+def _collect(tree: Any, containers: dict[int, tuple[Any, Any]], tensors: dict[int, Tensor]) -> None:
+    """Copies of the lists, dicts and sets in a nesting, and its tensors."""
+    if isinstance(tree, Tensor):
+        tensors[id(tree)] = tree
+    elif isinstance(tree, dict | list | set | deque) and id(tree) not in containers:
+        containers[id(tree)] = tree, copy.copy(tree)
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            _collect(part, containers, tensors)
+    elif isinstance(tree, tuple):
+        for part in tree:
+            _collect(part, containers, tensors)
+
+
+def _restore_containers(containers: list[tuple[Any, Any]]) -> None:
+    for container, saved in containers:
+        if len(container) == len(saved) and all(a is b for a, b in zip(_parts(container), _parts(saved), strict=True)):
+            continue
+        container.clear()
+        container.extend(saved) if isinstance(container, list | deque) else container.update(saved)
+
+
+def _parts(container: Any) -> list[Any]:
+    return [part for pair in container.items() for part in pair] if isinstance(container, dict) else list(container)
+
+
 def _restore(state: dict[str, Any], saved: dict[str, Any]) -> None:
     if len(state) == len(saved) and all(k in state and state[k] is v for k, v in saved.items()):
         return
@@ -117,6 +149,13 @@ def _restore_tensors(tensors: list[tuple[Tensor, Tensor, bool, Tensor | None]], 
 def _same(a: Tensor, b: Tensor) -> bool:
     # Bit for bit where it matters: nan is unequal to itself, and then is compared as nan.
     return torch.equal(a, b) or (a.is_floating_point() and bool(((a == b) | (a.isnan() & b.isnan())).all()))
+
+
+def python_numbers() -> tuple[object, ...]:
+    """The states of Python's and of NumPy's random numbers: another one after a call that drew some."""
+    numpy = sys.modules.get("numpy")
+    kind, keys, *rest = numpy.random.get_state() if numpy is not None and hasattr(numpy, "random") else ("", b"")
+    return random.getstate(), kind, bytes(keys), *rest
 
 
 def _generators() -> Callable[[], None]:

@@ -7,21 +7,25 @@ module's own results, see `lipguard.capture.comparison`.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from lipguard.capture.agreement import ROUNDINGS, equal
 from lipguard.capture.arguments import Call, described, required
 from lipguard.capture.comparison import Comparison
-from lipguard.capture.frozen import in_precision, intercepted
+from lipguard.capture.frozen import in_precision, intercepted, python_numbers
 from lipguard.capture.selection import choose
 from lipguard.capture.simplify import simplify
+from lipguard.capture.taint import Taint
 from lipguard.capture.trace import BatchMoved, Trace, plain_class
 from lipguard.capture.tracer import Tracer
 from lipguard.errors import InvalidExample, InvalidModel, LipguardError, UnsupportedLayer
@@ -30,11 +34,22 @@ from lipguard.network import Network, Node
 _SIZES = ((1, 1.0), (2, 1e-3), (3, 1e3))
 """Samples, and the size of their noise in units of the example's, of the readings that must agree."""
 
+_COUNTS = (1, 4, 5, 6, 7, 8, 9, 16, 17, 32, 64, 100, 128)
+"""Samples of the batches whose results are compared as well, as far as memory for `_ENTRIES` numbers in a layer allows."""
+
+_ENTRIES = 2**20
+
+_SCALES = (1.0, 1e-3, 1e3, 1e6, 1e9, 1e12)
+"""Sizes of the noise of their rows: large ones reach what is switched off near the example."""
+
+_DRAWS = 200
+"""Further calls of a module that draws numbers of Python or NumPy: they must not matter."""
+
+_MODES = (torch.enable_grad, torch.no_grad, torch.inference_mode)
+"""Modes of autograd that a module may be run in."""
+
 _INTERVAL = 100
 """Of a module that is read again and again, as in training, every so many readings are checked in full."""
-
-_ROUNDINGS = 64
-"""Units of roundoff by which the same constant may differ, computed for one sample and for several."""
 
 _SEEN: weakref.WeakKeyDictionary[nn.Module, tuple[object, int]] = weakref.WeakKeyDictionary()
 
@@ -47,11 +62,15 @@ class Reading:
         nodes: all that were emitted.
         output: index of the one that holds the output.
         axis: dimension along which the samples' results lie; None without a batch.
+        sizes: entries of each node.
+        chance: whether the forward drew numbers of Python or NumPy.
     """
 
     nodes: tuple[Node, ...]
     output: int
     axis: int | None
+    sizes: tuple[int, ...]
+    chance: bool
 
     @cached_property
     def network(self) -> Network:
@@ -81,6 +100,8 @@ class Reader:
     axis: int | None
     root: str
     which: str | None
+    _left: list[StorageWeakRef] = field(default_factory=list)
+    """What the module may have kept of its calls, see `Taint`."""
 
     @property
     def place(self) -> str:
@@ -97,7 +118,7 @@ class Reader:
         trace = Trace(size, {id(p): f"{self.root}.{n}" for n, p in named_tensors(self.module)}, live, self.root)
         with torch.set_grad_enabled(live):
             x = x.clone()
-            tracer = Tracer(trace, x, self.axis)
+            tracer = Tracer(trace, x, self.axis, self._left)
 
             def forward(module: nn.Module, path: str, original: Callable[..., Any]) -> Callable[..., Any]:
                 path = ".".join(p for p in path.split(".") if p != "_orig_mod")
@@ -108,16 +129,23 @@ class Reader:
 
                 return run
 
-            with intercepted(self.module, forward), tracer.running():
-                args, kwargs = self.call.at(x)
-                output = run_module(self.module, args, kwargs, self.root)
+            before = python_numbers()
+            try:
+                with intercepted(self.module, forward), tracer.running():
+                    args, kwargs = self.call.at(x)
+                    output = run_module(self.module, args, kwargs, self.root)
+            except LipguardError as error:
+                raise tracer.refused or error from error.__cause__
+        if tracer.refused is not None:
+            raise tracer.refused
         value = tracer.value(choose(output, self.which, self.place))
+        self._left[:] = tracer.taint.left()
         if value is None:
             raise UnsupportedLayer(
                 f"{self.place}: its output was not computed from the input by torch calls that can be followed."
             )
         output = trace.settled(value.node)
-        return Reading(tuple(trace.nodes), output, value.axis)
+        return Reading(tuple(trace.nodes), output, value.axis, tuple(trace.sizes), python_numbers() != before)
 
     def runs(self) -> bool:
         """Whether the module runs on the example's first sample."""
@@ -127,14 +155,29 @@ class Reader:
             return False
         return True
 
-    def results(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the module itself returns for x, computed in a precision: (rows, m), or one row for one sample."""
-        with torch.no_grad():
-            args, kwargs = self.call.at(x.to(dtype, copy=True))
-            with nullcontext() if dtype == self.call.row.dtype else in_precision(self.module, dtype):
+    def results(self, x: Tensor, dtype: torch.dtype, mode: Callable[[], Any] = torch.no_grad) -> Tensor:
+        """What the module itself returns for x, computed in a precision: (rows, m), or one row for one sample.
+
+        Args:
+            mode: of autograd.
+        """
+        taint = Taint(lambda _: None, self._left)  # only marks what the module may keep of this call
+        taint.asleep = True
+        with mode():
+            x = x.to(dtype, copy=True)
+            if torch.is_grad_enabled():
+                x = x.requires_grad_().clone()
+            taint.mark(x, "the input itself")
+            with taint, nullcontext() if dtype == self.call.row.dtype else in_precision(self.module, dtype):
+                args, kwargs = self.call.at(x)
                 output = self.module(*args, **kwargs)
-        output = choose(output, self.which, self.root)
+            output = choose(output, self.which, self.root).detach()
+        self._left[:] = taint.left()
         return output.reshape(1, -1) if len(self.rows(x)) == 1 else output.reshape(len(output) if output.ndim else 1, -1)
+
+    def takes_more(self) -> bool:
+        """Whether the module runs on a longer first dimension as well: that of a batch, not of one sample."""
+        return self._attempt(torch.cat([self.call.row, self.call.row]), torch.no_grad) is not None
 
     def rows(self, x: Tensor) -> Tensor:
         """The inputs as rows, (rows, d), float64."""
@@ -166,6 +209,7 @@ class Reader:
                 self._compare(comparison, network, x, own)
         if overflow:
             raise InvalidModel(f"{self.root}: its weights are so large that its values overflow float64. Rescale the layers.")
+        self._others(reading, generator, batch)
 
     def _own(self, x: Tensor, values: Tensor) -> Tensor | None:
         """The module's results in its own precision; None where it is written for one sample: several are not as many rows."""
@@ -200,14 +244,64 @@ class Reader:
                 raise
             raise UnsupportedLayer(f"{error} (Read for a batch of {len(x)}: for one sample it could be read.)") from error
         # Equal steps fold to equal networks: folding once is half of the work of a reading.
-        if not _equal(reading.steps, again.steps) and not _equal(
-            reading.network, again.network, _ROUNDINGS * torch.finfo(self.call.row.dtype).eps
-        ):
+        dtype = self.call.row.dtype
+        if not equal(reading.steps, again.steps, dtype) and not equal(reading.network, again.network, dtype):
             raise UnsupportedLayer(
                 f"{self.place} computes one function for one input and another for {_amount(self.rows(x))}: it depends on the "
                 "size of the batch, on the values, or on how often it ran. Bound a submodule without that with submodule=...."
             )
         return len(self.rows(x)) == 1 or again.axis == 0
+
+    def _others(self, reading: Reading, generator: torch.Generator, batch: bool) -> None:
+        """Raise unless batches of other sizes have the same results, and so have the modes of autograd, call after call."""
+        dtype, most = self.call.row.dtype, _ENTRIES // max(reading.sizes)
+        counts = [n for n in _COUNTS if n <= max(most, 1)] if batch else [1] * len(_MODES)
+        if self.call.exactly is not None:
+            counts = [self.call.exactly] * len(_MODES)
+        x = torch.cat([_noisy(self.call.row, _SCALES[i % len(_SCALES)], generator) for i in range(counts[-1])])
+        comparison = Comparison(reading.network, reading.steps, self.rows(x), [dtype])
+        for i, count in enumerate(counts + counts[:1] * _DRAWS * reading.chance):
+            own = self._attempt(x[:count], _MODES[i % len(_MODES)])
+            if own is not None and len(own) == count and (worst := comparison.disagreement(own, dtype)) is not None:
+                self._misread(worst, f"{count} random inputs" if count > 1 else "a random input")
+        if batch and (rows := self.call.exactly or 3) > 1:
+            self._apart(torch.cat([_noisy(self.call.row, 1.0, generator) for _ in range(rows)]), generator)
+
+    def _attempt(self, x: Tensor, mode: Callable[[], Any]) -> Tensor | None:
+        """The module's results; None where it fails: it may need a mode of autograd, or one size of the batch."""
+        try:
+            return self.results(x, self.call.row.dtype, mode)
+        except LipguardError:
+            raise
+        except Exception:
+            return None
+
+    def _apart(self, x: Tensor, generator: torch.Generator) -> None:
+        """Raise where a sample's result changes as another sample does.
+
+        It is changed to nan, which reaches all that is computed of it, and to large numbers, which switch on what compares it.
+        """
+        clean = self._attempt(x, torch.no_grad)
+        large = math.sqrt(torch.finfo(x.dtype).max)
+        for change in (torch.nan, large, large, -large, -large):
+            noise = torch.rand(x[0].shape, generator=generator, dtype=torch.float64) - 0.25
+            changed = x.clone()
+            changed[1] = (noise * change).to(x)
+            other = self._attempt(changed, torch.no_grad)
+            if clean is None or other is None or not (clean.shape == other.shape and len(clean) == len(x)):
+                return
+            for i in (0, *range(2, len(x))):
+                if not torch.allclose(clean[i], other[i], rtol=ROUNDINGS * torch.finfo(x.dtype).eps, atol=0, equal_nan=True):
+                    raise UnsupportedLayer(
+                        f"{self.place} mixes the samples of a batch: the result of one changes as another sample changes."
+                    )
+
+    def _misread(self, worst: float, where: str) -> NoReturn:
+        raise UnsupportedLayer(
+            f"{self.place} does something that capture misreads: on {where} it differs by {worst:.3g} from the captured network. "
+            "Look for randomness, for state that forward changes, or for a dependence on the size of the batch or on gradients "
+            "being recorded; or bound a submodule with submodule=...."
+        )
 
     def _compare(self, comparison: Comparison, network: Network, x: Tensor, own: Tensor) -> None:
         dtype = self.call.row.dtype
@@ -215,10 +309,7 @@ class Reader:
         if worst is None and dtype != torch.float64:
             worst = self._in_double(comparison, network, x)
         if worst is not None:
-            raise UnsupportedLayer(
-                f"{self.place} does something that capture misreads: on a random input it differs by {worst:.3g} from the "
-                "captured network. Look for randomness, or state that forward changes; or bound a submodule with submodule=...."
-            )
+            self._misread(worst, "a random input")
 
     def _in_double(self, comparison: Comparison, network: Network, x: Tensor) -> float | None:
         """The same of the module's results in float64, where it is the same function there."""
@@ -237,7 +328,7 @@ class Reader:
                 double = self.read(x.double()).network
             except LipguardError:
                 return None
-        return worst if _equal(network, double, _ROUNDINGS * torch.finfo(torch.float64).eps) else None
+        return worst if equal(network, double, torch.float64) else None
 
 
 def checked(reader: Reader, reading: Reading, repeated: bool) -> Network:
@@ -305,20 +396,3 @@ def _reordered(output: Tensor, values: Tensor) -> bool:
 
 def _amount(rows: Tensor) -> str:
     return f"{len(rows)} of them" if len(rows) > 1 else "another"
-
-
-def _equal(a: Network, b: Network, close: float = 0.0) -> bool:
-    """Whether two networks are the same, up to a relative difference of constants: the forward may compute and round them."""
-    if len(a.nodes) != len(b.nodes):
-        return False
-    for s, t in zip(a.nodes, b.nodes, strict=True):
-        if s.structure() != t.structure():
-            return False
-        for v, w in zip(s.tensors(), t.tensors(), strict=True):
-            if v.shape != w.shape:
-                return False
-            if torch.equal(v, w):
-                continue
-            if not v.is_floating_point() or float((v - w).detach().abs().max()) > close * float(v.detach().abs().max()):
-                return False
-    return True

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import linecache
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -85,6 +88,8 @@ class Trace:
         self.rectified: dict[object, int] = {}
         self.made: dict[int, tuple[Expression, int]] = {}
         self.device, self.unit = torch.device("cpu"), torch.finfo(torch.float64).eps
+        self.origin: Callable[[Tensor], str | None] = lambda _: None
+        """What a tensor's dependence on the input came from; None for a constant."""
 
     @property
     def path(self) -> str:
@@ -180,7 +185,7 @@ class Trace:
             InvalidModel: it holds nan or inf.
             UnsupportedLayer: it depends on the input.
         """
-        if isinstance(tensor, Value):
+        if isinstance(tensor, Value) or self.origin(tensor) is not None:
             self.refuse(f"has a {label} that depends on the input: the map is not affine.")
         if tensor.is_complex():
             self.refuse(f"has a complex {label}.")
@@ -231,11 +236,43 @@ def parts(tensor: Tensor) -> int:
 
 def user_line() -> str | None:
     """File and line of the user's code that runs now: the innermost frame that is neither torch's nor ours."""
+    frame = _user_frame()
+    if frame is None:
+        return None
+    name = frame.f_code.co_filename
+    return f"{os.path.relpath(name) if name.startswith(os.getcwd()) else name}:{frame.f_lineno}"
+
+
+def for_people() -> bool:
+    """Whether the text that is made now goes to `print` or to `logging`, where no branch reads it."""
+    frame = _user_frame()
+    if frame is None:
+        return False
+    if frame.f_code.co_filename == logging.__file__:
+        return True
+    if frame.f_globals.get("print", print) is not print or "print" in frame.f_locals:
+        return False
+    line, _, column, _ = list(frame.f_code.co_positions())[frame.f_lasti // 2]
+    try:
+        tree = ast.parse("".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals)))
+    except SyntaxError:
+        return False
+    here = (line or 0, column or 0)
+    calls = [node.value for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)]
+    return any(
+        isinstance(call.func, ast.Name)
+        and call.func.id == "print"
+        and not call.keywords
+        and (call.lineno, call.col_offset) <= here < (call.end_lineno or 0, call.end_col_offset or 0)
+        for call in calls
+    )
+
+
+def _user_frame() -> FrameType | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_name != "run_module":
-        name = frame.f_code.co_filename
-        if not name.startswith((*_HOUSES, "<")):
-            return f"{os.path.relpath(name) if name.startswith(os.getcwd()) else name}:{frame.f_lineno}"
+        if not frame.f_code.co_filename.startswith((*_HOUSES, "<")):
+            return frame
         frame = frame.f_back
     return None
 

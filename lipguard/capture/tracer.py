@@ -13,44 +13,43 @@ when Python reads the value, and otherwise only if the chosen output was compute
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from lipguard.capture.rules.registry import Rule, canonical, complex_rule, function_rule, module_rule, spoken, takes_whole
-from lipguard.capture.taint import NUMBER, Taint, no_hidden_ways, tensors_of
-from lipguard.capture.trace import UNKNOWN, BatchMoved, Placed, Trace, Value, parts, plain_class
+from lipguard.capture.calls import FACTORIES, METADATA, READS, TEXTS
+from lipguard.capture.rules.registry import (
+    COLUMNS,
+    Rule,
+    canonical,
+    complex_rule,
+    function_rule,
+    module_rule,
+    spoken,
+    takes_whole,
+)  # fmt: skip
+from lipguard.capture.taint import DRAWN, NUMBER, OVERLAP, Taint, ambiguous, no_hidden_ways, opaque, place_of, tensors_of
+from lipguard.capture.trace import UNKNOWN, BatchMoved, Placed, Trace, Value, for_people, parts, plain_class
 from lipguard.capture.unbatched import translated
 from lipguard.capture.vmapped import followed
 from lipguard.errors import UnsupportedLayer
 
-# Calls that read only shape, type and place of a tensor.
-_METADATA = frozenset({
-    "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "is_floating_point",
-    "is_complex", "is_contiguous", "get_device", "is_same_size", "result_type", "can_cast", "is_tensor", "is_inference",
-    "is_signed", "is_conj", "is_neg", "is_storage", "type", "has_names", "__len__", "__hash__", "retain_grad", "register_hook",
-    "is_shared", "is_pinned", "sym_size", "sym_numel", "sym_stride", "sym_storage_offset",
-})  # fmt: skip
-# Calls that write a text for people: while a module is read, of the place instead of the number.
-_TEXTS = frozenset({"__repr__", "__format__", "__str__"})
-# Calls that make a constant of the shape and type of a value, of a number that does not depend on the input.
-_FACTORIES = frozenset({
-    "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_tensor", "new_empty",
-})  # fmt: skip
-# Calls that hand a value to Python.
-_READS = frozenset({
-    "__bool__", "__float__", "__int__", "__index__", "__complex__", "__contains__", "item", "tolist", "numpy", "__array__",
-    "equal", "allclose", "is_nonzero", "__dlpack__",
-})  # fmt: skip
 _UNSEEN = (
     "uses a tensor that depends on the input by {origin}, which was not called where it can be followed. In forward, compute "
     "with torch functions on the tensors themselves: no TorchScript, no nn.Parameter(x), no writes through a view."
 )
 _STALE = "reads a tensor that was modified in place through another view of it. Modify a clone."
+_TEXT = (
+    "writes a number that depends on the input into a text, which a branch may read. Print or log it by a statement of its own, "
+    "print(x), or leave it out."
+)
+_OPAQUE = "is given a tensor of a class that does its operations itself, which cannot be followed. Use plain tensors."
 
 
 @dataclass
@@ -58,6 +57,7 @@ class _Known:
     held: int | UnsupportedLayer  # the node, or why there is none
     tensor: Tensor  # held, so that its id stays its own
     writes: int
+    place: tuple[object, ...]
     axis: int | None
 
 
@@ -68,12 +68,17 @@ class Tracer(TorchFunctionMode):
         trace: gets the nodes.
         example: the input.
         axis: dimension of its samples; None for one sample.
+        earlier: what is left of earlier calls, see `Taint`.
     """
 
-    def __init__(self, trace: Trace, example: Tensor, axis: int | None = 0) -> None:
+    def __init__(self, trace: Trace, example: Tensor, axis: int | None = 0, earlier: Sequence[StorageWeakRef] = ()) -> None:
         super().__init__()
         self.trace = trace
-        self.taint = Taint(trace.refuse)
+        self.taint = Taint(self._refuse, earlier)
+        trace.origin = self.taint.origin
+        self.refused: UnsupportedLayer | None = None
+        """The first refusal that was raised in the forward: a forward that catches it goes another way than it does."""
+        self._answering = False
         self.rows = 1 if axis is None else example.shape[axis]
         self._known: dict[int, _Known] = {}
         trace.device, trace.unit = example.device, torch.finfo(example.dtype).eps
@@ -83,8 +88,25 @@ class Tracer(TorchFunctionMode):
     @contextmanager
     def running(self) -> Iterator[None]:
         """While the forward runs."""
-        with no_hidden_ways(self.trace.refuse), followed(self), self.taint, self:
+        with no_hidden_ways(self._refuse), followed(self), self.taint, self:
             yield
+
+    def _refuse(self, reason: str) -> None:
+        """Refuse what is seen below the calls."""
+        with nullcontext() if self._answering else self._answer():
+            self.trace.refuse(reason)
+
+    @contextmanager
+    def _answer(self) -> Iterator[None]:
+        """While a call of the forward is answered: a refusal that leaves it stays."""
+        before, self._answering = self._answering, True
+        try:
+            yield
+        except UnsupportedLayer as error:
+            self.refused = self.refused or error
+            raise
+        finally:
+            self._answering = before
 
     def value(self, tensor: Tensor) -> Value | None:
         """The tensor's value, None for a constant.
@@ -97,16 +119,18 @@ class Tracer(TorchFunctionMode):
             origin = self.taint.origin(tensor)
             if origin is not None:
                 self.trace.refuse(_UNSEEN.format(origin=origin))
+            if self.taint.drawn(tensor):
+                self.trace.refuse(DRAWN)
             return None
         if isinstance(known.held, UnsupportedLayer):
             raise known.held
-        if known.writes != self.taint.writes(tensor):
+        if known.writes != self.taint.writes(tensor) or known.place != place_of(tensor):
             self.trace.refuse(_STALE)
         return Value(known.held, tensor, known.axis)
 
     def learn(self, tensor: Tensor, held: int | UnsupportedLayer, axis: int | None = 0) -> None:
         """Enter a tensor into the table."""
-        self._known[id(tensor)] = _Known(held, tensor, self.taint.writes(tensor), axis)
+        self._known[id(tensor)] = _Known(held, tensor, self.taint.writes(tensor), place_of(tensor), axis)
 
     def learn_batch(self, batch: Tensor, sample: Tensor, axis: int) -> None:
         """Enter a tensor whose samples along a dimension are all what the table knows of one of them."""
@@ -132,20 +156,28 @@ class Tracer(TorchFunctionMode):
     ) -> Any:
         """Lower the call if it touches a tensor that depends on the input, and run it."""
         kwargs = kwargs or {}
+        if any(_overrides(kind) for kind in types):
+            return NotImplemented  # the code of such a tensor is part of the forward: its own calls are followed
         if self.taint.asleep or not self._touches((args, kwargs)):
             return func(*args, **kwargs)
+        with self._answer():
+            return self._call(func, args, kwargs)
+
+    def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Lower a call that touches a tensor that depends on the input, and run it."""
         key = canonical(func)
-        if key in _TEXTS:
+        if key in TEXTS:
+            if not for_people():
+                self.trace.refuse(_TEXT)
             return f"<{self.trace.path}: a value that depends on the input>"
-        if key in _METADATA or getattr(func, "__name__", "") == "__get__":
+        if any(opaque(type(t)) for t in tensors_of((args, kwargs))):
+            self.trace.refuse(_OPAQUE)
+        if key in METADATA or getattr(func, "__name__", "") == "__get__":
             result = func(*args, **kwargs)
             if not isinstance(result, Tensor):
                 return result
-        previous, self.trace.call = self.trace.call, _describe(func, key)
-        try:
+        with patch.object(self.trace, "call", _describe(func, key)):
             return self._lower(func, key, args, kwargs)
-        finally:
-            self.trace.call = previous
 
     def module(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module's forward: by the rule for its class, or call by call."""
@@ -153,6 +185,12 @@ class Tracer(TorchFunctionMode):
         rule = None if self.taint.asleep or own else module_rule(plain_class(module))
         if rule is None or not self._touches((args, kwargs)):
             return forward(*args, **kwargs)
+        with self._answer():
+            return self._as_whole(rule, module, forward, args, kwargs)
+
+    def _as_whole(
+        self, rule: Rule, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         try:
             if any(_hooked(part) for part in module.modules() if part is not module):
                 self.trace.refuse("is read as a whole, and a hook on one of its parts would not be seen. Remove the hook.")
@@ -165,14 +203,16 @@ class Tracer(TorchFunctionMode):
 
     def _lower(self, func: Callable[..., Any], key: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         trace = self.trace
-        if key in _READS:
+        if key in READS:
             trace.refuse(NUMBER)
-        if key in _FACTORIES and not self._touches((args[1:], {k: v for k, v in kwargs.items() if k not in ("input", "self")})):
+        if key in FACTORIES and not self._touches((args[1:], {k: v for k, v in kwargs.items() if k not in ("input", "self")})):
             return func(*args, **kwargs)
+        if key in ("__setitem__", "setitem"):
+            self._written_back(*args)
         node: Any
         try:
             axis = self._axis((args, kwargs))
-            if key in _FACTORIES:
+            if key in FACTORIES:
                 trace.refuse("fills a tensor by a value that depends on the input, which has no rule. Use expand or where.")
             node = self._ruled(key, args, kwargs)
         except UnsupportedLayer as error:
@@ -183,12 +223,26 @@ class Tracer(TorchFunctionMode):
             if isinstance(node, UnsupportedLayer):
                 raise node from error
             raise
-        return self._finish(args[0] if key in ("__setitem__", "setitem") else result, node, axis)
+        if key in ("__setitem__", "setitem"):
+            result = args[0]
+            if ambiguous(result, ()):  # what is written shows at other places as well
+                trace.refuse(OVERLAP)
+        return self._finish(result, node, axis)
+
+    def _written_back(self, target: Tensor, place: Any, value: Any) -> None:
+        """y[place] += z writes to a view of y, which is then put into y: until then y is what it was, but for these entries."""
+        known = self._known.get(id(target))
+        if known is None or not isinstance(value, Tensor) or known.writes == self.taint.writes(target):
+            return
+        with torch._C.DisableTorchFunction():
+            view = target[place]
+        if place_of(view) == place_of(value) and self.taint.only_through(value, known.writes):
+            known.writes = self.taint.writes(target)
 
     def _ruled(self, key: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the rule makes of the call."""
         trace = self.trace
-        key, args, kwargs = translated(*spoken(key, args, kwargs), self._unbatched)
+        key, args, kwargs = translated(*spoken(key, args, kwargs), self._unbatched, self._axis((args, kwargs)))
         rule = complex_rule(key) if _complex((args, kwargs)) else function_rule(key)
         if rule is None:
             module = trace.module
@@ -220,7 +274,7 @@ class Tracer(TorchFunctionMode):
         """
         tensors = list(tensors_of((args, kwargs)))
         values = [v for t in tensors if (v := self.value(t)) is not None]
-        if key == "linear" and values[0].axis != values[0].tensor.ndim - 1:
+        if key == COLUMNS or (key == "linear" and values[0].axis != values[0].tensor.ndim - 1):
             return True
         same = len({(v.axis, v.tensor.shape) for v in values}) == 1 and all(not t.ndim for t in tensors if self.value(t) is None)
         return same and isinstance(node, int) and node >= 0 and self.trace.nodes[node].in_place
@@ -294,14 +348,21 @@ class Tracer(TorchFunctionMode):
                 return tree
             return value if takes_whole(rule) else value.batched()
         if isinstance(tree, tuple | list):
-            if type(tree) in (tuple, list):
-                return type(tree)(self._values(t, rule) for t in tree)
-            # What torch returns of several results, as of a maximum with its places.
-            return tuple(self._values(t, rule) for t in tree) if self._touches(tree) else tree
+            return (list if isinstance(tree, list) else tuple)(self._values(t, rule) for t in tree)
         return {k: self._values(v, rule) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
     def _touches(self, tree: Any) -> bool:
-        return any(id(t) in self._known or self.taint.origin(t) is not None for t in tensors_of(tree))
+        return any(id(t) in self._known or (not opaque(type(t)) and self.taint.origin(t) is not None) for t in tensors_of(tree))
+
+
+def _overrides(kind: type) -> bool:
+    """Whether a class of tensors has its own say in calls of torch functions."""
+    own = getattr(kind, "__torch_function__", _SILENT)
+    return own is not _SILENT and getattr(own, "__func__", own) is not _PLAIN
+
+
+_SILENT = torch._C._disabled_torch_function_impl
+_PLAIN = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
 
 
 def _complex(tree: Any) -> bool:

@@ -11,19 +11,22 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from lipguard.capture.rules.registry import Rule, function_rule, takes_whole
+from lipguard.capture.rules.registry import COLUMNS, Rule, function_rule, takes_whole
 
 _SPARE = "zyxwvutsrqponmlkjihgfedcba"
 
 
 def translated(
-    key: object, args: tuple[Any, ...], kwargs: dict[str, Any], unbatched: Callable[[object], bool]
+    key: object, args: tuple[Any, ...], kwargs: dict[str, Any], unbatched: Callable[[object], bool], axis: int | None
 ) -> tuple[object, tuple[Any, ...], dict[str, Any]]:
     """The call whose rule is asked: key, arguments.
 
     Args:
         unbatched: whether a tensor is the value of one sample.
+        axis: dimension of the samples of the values in the call.
     """
+    if key in ("matmul", "mm") and axis == 1 and len(args) == 2 and args[0].ndim == args[1].ndim == 2:
+        return COLUMNS, args[::-1], {}  # W X, one sample in each column of X
     if key in ("matmul", "mv") and len(args) == 2 and unbatched(args[1]) and args[1].ndim == 1 and args[0].ndim == 2:
         return "linear", (args[1], args[0]), {}  # W v is the row v' W'
     if key == "dot" and len(args) == 2:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lipguard.capture.rules.arithmetic import scaled, sub
+from lipguard.capture.rules.arithmetic import scaled
 from lipguard.capture.rules.convolution import per_dimension
 from lipguard.capture.rules.coupled import amax, amin
 from lipguard.capture.rules.operands import Operand, applied
 from lipguard.capture.rules.pooling import total
-from lipguard.capture.rules.rearrange import broadcast, joined, moved, select
+from lipguard.capture.rules.rearrange import broadcast, joined, select
 from lipguard.capture.rules.registry import lowers
 from lipguard.capture.trace import UNKNOWN, Trace, Value
 from lipguard.network import activations

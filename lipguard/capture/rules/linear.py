@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lipguard.capture.rules.arithmetic import PRODUCT
 from lipguard.capture.rules.rearrange import assembled, broadcast, moved
-from lipguard.capture.rules.registry import lowers
+from lipguard.capture.rules.registry import COLUMNS, lowers
 from lipguard.capture.trace import Trace, Value
 from lipguard.errors import InvalidExample
 from lipguard.network.operators import Conv, Dense
@@ -21,7 +21,7 @@ _LETTERS = string.ascii_lowercase.replace("i", "").replace("j", "").replace("k",
 _CAPITALS = string.ascii_uppercase
 
 
-@lowers("linear")
+@lowers("linear", COLUMNS)
 def linear(trace: Trace, input: Value, weight: Tensor, bias: Tensor | None = None) -> int:
     """weight x + bias on the last dimension, weight (out, in)."""
     if not isinstance(input, Value) or isinstance(weight, Value) or isinstance(bias, Value):

@@ -288,8 +288,8 @@ def assembled_anywhere(trace: Trace, parts: list[Any], join: Callable[[list[Tens
             if not isinstance(part, Tensor):
                 if math.isinf(part):  # as a mask puts before a softmax
                     trace.refuse(
-                        "puts infinite numbers beside values: the result is no vector of real numbers. Select the entries that are "
-                        "left, x[..., kept], or bound the part before it with submodule=...."
+                        "puts infinite numbers beside values: the result is no vector of real numbers. Select the entries that "
+                        "are left, x[..., kept], or bound the part before it with submodule=...."
                     )
                 part = torch.tensor(part, dtype=torch.float64, device=device)
             constants.append(trace.constant(part, "constant").to(device))

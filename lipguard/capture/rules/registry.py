@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 Rule = Callable[..., "int | Placed | tuple[int | Placed | None, ...] | None"]
 RuleT = TypeVar("RuleT", bound=Rule)
 
+COLUMNS = "linear of columns"
+"""The product W X with a matrix of one sample in each column: `linear`, with the samples along the last dimension."""
+
 _FAMILIES = (
     "activation", "arithmetic", "aten", "convolution", "coupled", "refused", "linear", "normalization", "pooling",
     "products", "rearrange", "shape", "writes", "lengths", "order", "recurrent", "fourier", "elementwise",

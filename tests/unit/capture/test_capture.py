@@ -524,7 +524,7 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "dict": (Do(lambda fc, x: {"y": {"z": fc(x)}, "x": x}), (1, 6), r"returns dict with several tensors; .* of 'y\.z', 'x'\."),
     "nothing": (Do(lambda fc, x: fc(x).tolist if x is None else None), (1, 6), "returns NoneType; one tensor is needed"),
     "constant": (Do(lambda fc, x: torch.ones(1, 6)), (1, 6), "not computed from the input"),
-    "random": (Do(lambda fc, x: fc(x) + torch.rand(6)), (1, 6), "how often it ran"),
+    "random": (Do(lambda fc, x: fc(x) + torch.rand(6)), (1, 6), "random numbers"),
     "scripted": (torch.jit.script(nn.Linear(3, 2)), (1, 3), "scripted"),
     "arguments": (Do(lambda fc, x: torch.tanh(fc(x), out=torch.empty(2, 6))), (1, 6), "arguments that its rule does not know"),
 }  # fmt: skip
