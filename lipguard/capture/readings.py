@@ -168,7 +168,9 @@ class Reader:
             if torch.is_grad_enabled():
                 x = x.requires_grad_().clone()
             taint.mark(x, "the input itself")
-            with taint, nullcontext() if dtype == self.call.row.dtype else in_precision(self.module, dtype):
+            # Under inference_mode torch takes no note of a lazy conjugation behind a mode; no reading follows those calls.
+            marks = nullcontext() if torch.is_inference_mode_enabled() else taint
+            with marks, nullcontext() if dtype == self.call.row.dtype else in_precision(self.module, dtype):
                 args, kwargs = self.call.at(x)
                 output = self.module(*args, **kwargs)
             output = choose(output, self.which, self.root).detach()

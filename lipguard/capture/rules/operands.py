@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lipguard.capture.rules.registry import canonical, function_rule
-from lipguard.capture.trace import Trace, Value
+from lipguard.capture.trace import Placed, Trace, Value
 from lipguard.network.operators import Dense
 
 Operand = Value | Tensor | float | int
@@ -28,6 +28,7 @@ def applied(trace: Trace, function: Callable[..., Tensor], *operands: Operand, *
     rule = function_rule(canonical(function))
     assert rule is not None
     node = rule(trace, *exact, **options)
+    node = node.node if isinstance(node, Placed) else node
     assert isinstance(node, int)
     return trace.value(node, tensor)
 

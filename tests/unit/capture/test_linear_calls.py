@@ -143,7 +143,7 @@ def test_a_complex_length_has_the_constant_of_what_is_before_it() -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "fill": (lambda x: x * (1 + torch.full_like(x, (x > 100).any())), "fills a tensor with a number that depends on the input"),
+    "fill": (lambda x: x * (1 + torch.full_like(x, (x > 100).any())), "asks a question of values"),
     "copied fill": (lambda x: x * x.new_tensor(x[:, :1] * 1.0), "depends on the input"),
     "angle": (lambda x: torch.fft.fft(x).angle(), "jumps where the number crosses"),
     "complex product": (lambda x: (torch.fft.fft(x) * torch.fft.fft(x)).real, "quadratic"),
