@@ -231,6 +231,16 @@ def opaque(kind: type) -> bool:
 _PLAIN = torch._C._disabled_torch_dispatch_impl  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def overrides(kind: type) -> bool:
+    """Whether a class of tensors has its own say in calls of torch functions."""
+    own = getattr(kind, "__torch_function__", _SILENT)
+    return own is not _SILENT and getattr(own, "__func__", own) is not _FOLLOWED
+
+
+_SILENT = torch._C._disabled_torch_function_impl
+_FOLLOWED = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
+
+
 def ambiguous(written: Tensor, tree: object) -> bool:
     """Whether writing to a tensor depends on the order: places shared by its own entries, or by others that are read."""
     if written.layout != torch.strided or _functorch.is_functorch_wrapped_tensor(written):

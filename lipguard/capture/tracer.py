@@ -34,7 +34,18 @@ from lipguard.capture.rules.registry import (
     spoken,
     takes_whole,
 )  # fmt: skip
-from lipguard.capture.taint import DRAWN, NUMBER, OVERLAP, Taint, ambiguous, no_hidden_ways, opaque, place_of, tensors_of
+from lipguard.capture.taint import (
+    DRAWN,
+    NUMBER,
+    OVERLAP,
+    Taint,
+    ambiguous,
+    no_hidden_ways,
+    opaque,
+    overrides,
+    place_of,
+    tensors_of,
+)
 from lipguard.capture.trace import UNKNOWN, BatchMoved, Placed, Trace, Value, for_people, parts, plain_class
 from lipguard.capture.unbatched import translated
 from lipguard.capture.vmapped import followed
@@ -156,7 +167,7 @@ class Tracer(TorchFunctionMode):
     ) -> Any:
         """Lower the call if it touches a tensor that depends on the input, and run it."""
         kwargs = kwargs or {}
-        if any(_overrides(kind) for kind in types):
+        if any(overrides(kind) for kind in types):
             return NotImplemented  # the code of such a tensor is part of the forward: its own calls are followed
         if self.taint.asleep or not self._touches((args, kwargs)):
             return func(*args, **kwargs)
@@ -353,16 +364,6 @@ class Tracer(TorchFunctionMode):
 
     def _touches(self, tree: Any) -> bool:
         return any(id(t) in self._known or (not opaque(type(t)) and self.taint.origin(t) is not None) for t in tensors_of(tree))
-
-
-def _overrides(kind: type) -> bool:
-    """Whether a class of tensors has its own say in calls of torch functions."""
-    own = getattr(kind, "__torch_function__", _SILENT)
-    return own is not _SILENT and getattr(own, "__func__", own) is not _PLAIN
-
-
-_SILENT = torch._C._disabled_torch_function_impl
-_PLAIN = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
 
 
 def _complex(tree: Any) -> bool:
