@@ -74,6 +74,17 @@ def intercepted(model: nn.Module, forward: Callable[[nn.Module, str, Callable[..
         _restore_attributes([(m, attributes, None) for m, attributes in saved])
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether hooks run around a module's forward."""
+    everywhere = torch.nn.modules.module
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+    )
+
+
 @contextmanager
 def in_precision(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Every floating parameter and buffer in another precision; call it inside `frozen`.

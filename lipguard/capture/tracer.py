@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +23,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from lipguard.capture.calls import FACTORIES, METADATA, READS, TEXTS
+from lipguard.capture.frozen import hooked
 from lipguard.capture.rules.registry import (
     COLUMNS,
     Rule,
+    called_as,
     canonical,
     complex_rule,
     function_rule,
@@ -187,8 +188,11 @@ class Tracer(TorchFunctionMode):
             result = func(*args, **kwargs)
             if not isinstance(result, Tensor):
                 return result
-        with patch.object(self.trace, "call", _describe(func, key)):
+        previous, self.trace.call = self.trace.call, called_as(func, key)
+        try:
             return self._lower(func, key, args, kwargs)
+        finally:
+            self.trace.call = previous
 
     def module(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module's forward: by the rule for its class, or call by call."""
@@ -203,7 +207,7 @@ class Tracer(TorchFunctionMode):
         self, rule: Rule, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         try:
-            if any(_hooked(part) for part in module.modules() if part is not module):
+            if any(hooked(part) for part in module.modules() if part is not module):
                 self.trace.refuse("is read as a whole, and a hook on one of its parts would not be seen. Remove the hook.")
             node = rule(self.trace, module, *self._values(args, rule), **self._values(kwargs, rule))
         except UnsupportedLayer as error:
@@ -373,23 +377,3 @@ def _complex(tree: Any) -> bool:
     if isinstance(tree, dict):
         return any(_complex(t) for t in tree.values())
     return tree.is_complex() if isinstance(tree, Tensor) else isinstance(tree, complex)
-
-
-def _hooked(module: nn.Module) -> bool:
-    """Whether hooks run around a module's forward."""
-    everywhere = torch.nn.modules.module
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or everywhere._global_forward_hooks
-        or everywhere._global_forward_pre_hooks
-    )
-
-
-def _describe(func: Callable[..., Any], key: object) -> str:
-    if not isinstance(key, str):
-        return f"{getattr(func, '__module__', '')}.{getattr(func, '__name__', func)}"
-    home = getattr(func, "__module__", None)
-    if home == "torch.nn.functional" or home == "torch._C._nn":
-        return f"F.{key}"
-    return f"torch.{key}" if hasattr(torch, key) else f"Tensor.{key}"

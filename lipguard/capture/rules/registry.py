@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import nn
 
 from lipguard.capture.rules.overloads import Overload, by_name
@@ -179,3 +180,13 @@ def load() -> None:
         importlib.import_module(f"lipguard.capture.rules.{family}")
     for entry in importlib.metadata.entry_points(group="lipguard.rules"):
         entry.load()
+
+
+def called_as(func: Callable[..., object], key: object) -> str:
+    """A torch function as people write it, for messages."""
+    if not isinstance(key, str):
+        return f"{getattr(func, '__module__', '')}.{getattr(func, '__name__', func)}"
+    home = getattr(func, "__module__", None)
+    if home == "torch.nn.functional" or home == "torch._C._nn":
+        return f"F.{key}"
+    return f"torch.{key}" if hasattr(torch, key) else f"Tensor.{key}"
