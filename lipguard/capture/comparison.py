@@ -32,6 +32,9 @@ _SOLVED = 1e-9
 _ENTRIES = 2**20
 """Entries of one node's value that are computed at once: larger values leave the cache, and fresh memory is slow."""
 
+Maps = dict[int, tuple[Operator, Operator]]
+"""By a node's index: its operator with the absolute values of the coefficients, and with their squares."""
+
 
 class Comparison:
     """A network's values at some inputs, to be compared with a module's results there.
@@ -41,15 +44,15 @@ class Comparison:
         steps: the same network with every step that the module takes: what a fold cancels still rounds in the module.
         x: inputs, (rows, d), float64.
         dtypes: the precisions that the module computes in.
+        maps: of the steps: kept for further inputs.
     """
 
-    def __init__(self, network: Network, steps: Network, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    def __init__(self, network: Network, steps: Network, x: Tensor, dtypes: Sequence[torch.dtype], maps: Maps) -> None:
         kinds = [torch.finfo(dtype) for dtype in dtypes]
         units, least = (
             torch.tensor(numbers, dtype=torch.float64, device=x.device)[:, None, None]
             for numbers in ([kind.eps / 2 for kind in kinds], [kind.smallest_normal * kind.eps for kind in kinds])
         )
-        maps: dict[int, tuple[Operator, Operator]] = {}
         parts = x.split(max(1, _ENTRIES // max(steps.sizes)))
         with torch.no_grad():
             self.values = torch.cat([network(part) for part in parts])
@@ -75,10 +78,10 @@ class _Rounding(Walk[tuple[Tensor, Tensor]]):
     Args:
         x: inputs.
         units, least: unit of roundoff and least positive number of each precision, (precisions, 1, 1).
-        maps: the operators' absolute values and squares by node, for further inputs.
+        maps: of the nodes.
     """
 
-    def __init__(self, x: Tensor, units: Tensor, least: Tensor, maps: dict[int, tuple[Operator, Operator]]) -> None:
+    def __init__(self, x: Tensor, units: Tensor, least: Tensor, maps: Maps) -> None:
         self.x, self.units, self.least, self.maps = x, units, least, maps
 
     def input(self, i: int, node: Input) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lipguard.capture.agreement import ROUNDINGS, equal
 from lipguard.capture.arguments import Call, described, required
-from lipguard.capture.comparison import Comparison
+from lipguard.capture.comparison import Comparison, Maps
 from lipguard.capture.frozen import in_precision, intercepted, python_numbers
 from lipguard.capture.selection import choose
 from lipguard.capture.simplify import simplify
@@ -193,14 +193,14 @@ class Reader:
             InvalidModel: values overflow.
         """
         generator = torch.Generator("cpu").manual_seed(0)
-        network = reading.network
+        network, maps = reading.network, Maps()
         dtypes = list(dict.fromkeys((self.call.row.dtype, torch.float64)))
         overflow = True
         batch = self.axis == 0  # whether several samples are computed as one is, each in its row
         sizes = (*_SIZES, *([(self.call.rows, 1.0)] if self.call.rows > len(_SIZES) else []))
         for count, scale in sizes if self.call.exactly is None else [(self.call.exactly, scale) for _, scale in _SIZES]:
             x = torch.cat([_noisy(self.call.row, scale, generator) for _ in range(count if batch else 1)])
-            comparison = Comparison(network, reading.steps, self.rows(x), dtypes)
+            comparison = Comparison(network, reading.steps, self.rows(x), dtypes, maps)
             values = comparison.values
             if not bool(values.isfinite().all()):
                 continue
