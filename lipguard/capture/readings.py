@@ -211,7 +211,7 @@ class Reader:
                 self._compare(comparison, network, x, own)
         if overflow:
             raise InvalidModel(f"{self.root}: its weights are so large that its values overflow float64. Rescale the layers.")
-        self._others(reading, generator, batch)
+        self._others(reading, generator, batch, maps)
 
     def _own(self, x: Tensor, values: Tensor) -> Tensor | None:
         """The module's results in its own precision; None where it is written for one sample: several are not as many rows."""
@@ -254,14 +254,14 @@ class Reader:
             )
         return len(self.rows(x)) == 1 or again.axis == 0
 
-    def _others(self, reading: Reading, generator: torch.Generator, batch: bool) -> None:
+    def _others(self, reading: Reading, generator: torch.Generator, batch: bool, maps: Maps) -> None:
         """Raise unless batches of other sizes have the same results, and so have the modes of autograd, call after call."""
         dtype, most = self.call.row.dtype, _ENTRIES // max(reading.sizes)
         counts = [n for n in _COUNTS if n <= max(most, 1)] if batch else [1] * len(_MODES)
         if self.call.exactly is not None:
             counts = [self.call.exactly] * len(_MODES)
         x = torch.cat([_noisy(self.call.row, _SCALES[i % len(_SCALES)], generator) for i in range(counts[-1])])
-        comparison = Comparison(reading.network, reading.steps, self.rows(x), [dtype])
+        comparison = Comparison(reading.network, reading.steps, self.rows(x), [dtype], maps)
         for i, count in enumerate(counts + counts[:1] * _DRAWS * reading.chance):
             own = self._attempt(x[:count], _MODES[i % len(_MODES)])
             if own is not None and len(own) == count and (worst := comparison.disagreement(own, dtype)) is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lipguard.capture.rules.registry import canonical, function_rule
-from lipguard.capture.trace import Placed, Trace, Value
+from lipguard.capture.trace import BatchMoved, Placed, Trace, Value
 from lipguard.network.operators import Dense
 
 Operand = Value | Tensor | float | int
@@ -28,7 +28,10 @@ def applied(trace: Trace, function: Callable[..., Tensor], *operands: Operand, *
     rule = function_rule(canonical(function))
     assert rule is not None
     node = rule(trace, *exact, **options)
-    node = node.node if isinstance(node, Placed) else node
+    if isinstance(node, Placed):  # of one sample a dimension in front of it is no other dimension of samples
+        if node.axis != 0 and any(o.rows > 1 for o in operands if isinstance(o, Value)):
+            raise BatchMoved(f"{trace.place} moves the samples of a batch to dimension {node.axis}. Keep them the first.")
+        node = node.node
     assert isinstance(node, int)
     return trace.value(node, tensor)
 
