@@ -100,7 +100,8 @@ class _Rounding(Walk[tuple[Tensor, Tensor]]):
         if node.bias is not None:
             size = size + node.bias.abs()
         factor = math.sqrt(terms + 1)
-        own = (size * (factor * self.units)).add_(factor * self.least)
+        # The larger of the two, not their sum: additions of subnormal numbers take a hundred times as long as others.
+        own = (size * (factor * self.units)).clamp_(min=factor * self.least)
         return node.value(x), own.hypot_(through)
 
     def activation(self, i: int, node: Activation, read: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
