@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipguard.errors import InvalidExample, UnsupportedQuery
+from lipguard.errors import InvalidExample, LipguardError, UnsupportedQuery
 
-__all__ = ["Arguments", "Call", "arguments_of", "called", "described", "required"]
+__all__ = ["Arguments", "Call", "arguments_of", "called", "described", "required", "run_module"]
 
 Path = tuple[Any, ...]
 """Where a tensor stands in (args, kwargs): the keys and places that lead to it."""
@@ -224,6 +224,31 @@ def described(example: Any) -> str:
         return f"of shape {('B', *example.shape[1:])}, {example.dtype}"
     parts = [f"{'.'.join(map(str, path))}: {tuple(t.shape)}, {t.dtype}" for path, t in _tensors(example)]
     return f"of {len(parts)} tensors ({'; '.join(parts)})"
+
+
+def run_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], root: str) -> Any:
+    """The module's result.
+
+    Raises:
+        InvalidExample: it fails on the example.
+        LipguardError: as it is raised inside.
+    """
+    try:
+        return module(*args, **kwargs)
+    except LipguardError:
+        raise
+    except Exception as error:
+        missing = required(module)
+        if missing and len(args) + len(kwargs) < len(missing):
+            raise InvalidExample(
+                f"{root} ({type(module).__name__}) takes {len(missing)} inputs ({', '.join(missing)}). Give "
+                f"example=({', '.join(missing)}), a tuple of all of them. The constant is then with respect to all of them "
+                f"jointly; with inputs={missing[0]!r} it is with respect to one, the others being held at the example's values."
+            ) from error
+        given = args[0] if len(args) == 1 and not kwargs else (*args, *kwargs.values())
+        raise InvalidExample(
+            f"{root} ({type(module).__name__}) fails on an example {described(given)}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _check(tensor: Tensor, what: str, least: int) -> None:

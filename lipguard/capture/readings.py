@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lipguard.capture.agreement import ROUNDINGS, equal
-from lipguard.capture.arguments import Call, described, required
+from lipguard.capture.arguments import Call, run_module
 from lipguard.capture.comparison import Comparison, Maps
 from lipguard.capture.frozen import in_precision, intercepted, python_numbers
 from lipguard.capture.selection import choose
@@ -28,7 +28,7 @@ from lipguard.capture.simplify import simplify
 from lipguard.capture.taint import Taint
 from lipguard.capture.trace import BatchMoved, Trace, plain_class
 from lipguard.capture.tracer import Tracer
-from lipguard.errors import InvalidExample, InvalidModel, LipguardError, UnsupportedLayer
+from lipguard.errors import InvalidModel, LipguardError, UnsupportedLayer
 from lipguard.network import Network, Node
 
 _SIZES = ((1, 1.0), (2, 1e-3), (3, 1e3))
@@ -44,6 +44,9 @@ _SCALES = (1.0, 1e-3, 1e3, 1e6, 1e9, 1e12)
 
 _DRAWS = 200
 """Further calls of a module that draws numbers of Python or NumPy: they must not matter."""
+
+_ALL = 2**24
+"""Entries of the values of all nodes, for all samples, up to which each sample's result is compared."""
 
 _MODES = (torch.enable_grad, torch.no_grad, torch.inference_mode)
 """Modes of autograd that a module may be run in."""
@@ -200,33 +203,36 @@ class Reader:
         sizes = (*_SIZES, *([(self.call.rows, 1.0)] if self.call.rows > len(_SIZES) else []))
         for count, scale in sizes if self.call.exactly is None else [(self.call.exactly, scale) for _, scale in _SIZES]:
             x = torch.cat([_noisy(self.call.row, scale, generator) for _ in range(count if batch else 1)])
-            comparison = Comparison(network, reading.steps, self.rows(x), dtypes, maps)
-            values = comparison.values
-            if not bool(values.isfinite().all()):
+            rows = self.rows(x)
+            # Of a large network, whose batches were read to be of equal samples, the last of each is enough.
+            some = slice(None if len(rows) * sum(reading.sizes) <= _ALL else -1, None)
+            comparison = Comparison(network, reading.steps, rows[some], dtypes, maps)
+            if not bool(comparison.values.isfinite().all()):
                 continue
             overflow = False
-            own = self._own(x, values)
+            own = self._own(x, network)
             batch = batch and own is not None and self._same(reading, x)
-            if own is not None and (batch or len(values) == 1):
-                self._compare(comparison, network, x, own)
+            if own is not None and (batch or len(rows) == 1):
+                self._compare(comparison, network, x, own, some)
         if overflow:
             raise InvalidModel(f"{self.root}: its weights are so large that its values overflow float64. Rescale the layers.")
         self._others(reading, generator, batch, maps)
 
-    def _own(self, x: Tensor, values: Tensor) -> Tensor | None:
+    def _own(self, x: Tensor, network: Network) -> Tensor | None:
         """The module's results in its own precision; None where it is written for one sample: several are not as many rows."""
         try:
             output = self.results(x, self.call.row.dtype)
         except LipguardError:
             raise
         except Exception as error:
-            if len(values) > 1:
+            if len(self.rows(x)) > 1:
                 return None
             raise UnsupportedLayer(
                 f"{self.place} cannot be run again: {type(error).__name__}: {error}. Look for state that forward changes."
             ) from error
-        if output.shape == values.shape:
+        if output.shape == (len(self.rows(x)), network.outputs):
             return output
+        values = network(self.rows(x))
         # Such code takes one of the samples, or returns all of them in another order.
         if len(values) == 1 or not any(_reordered(output, part) for part in (values, *values)):
             raise UnsupportedLayer(
@@ -305,23 +311,23 @@ class Reader:
             "being recorded; or bound a submodule with submodule=...."
         )
 
-    def _compare(self, comparison: Comparison, network: Network, x: Tensor, own: Tensor) -> None:
+    def _compare(self, comparison: Comparison, network: Network, x: Tensor, own: Tensor, some: slice) -> None:
         dtype = self.call.row.dtype
-        worst = comparison.disagreement(own, dtype)
+        worst = comparison.disagreement(own[some], dtype)
         if worst is None and dtype != torch.float64:
-            worst = self._in_double(comparison, network, x)
+            worst = self._in_double(comparison, network, x, some)
         if worst is not None:
             self._misread(worst, "a random input")
 
-    def _in_double(self, comparison: Comparison, network: Network, x: Tensor) -> float | None:
+    def _in_double(self, comparison: Comparison, network: Network, x: Tensor, some: slice) -> float | None:
         """The same of the module's results in float64, where it is the same function there."""
         try:
             output = self.results(x, torch.float64)
         except Exception:  # in float64 a module may refuse to run; its own precision has decided
             return None
-        if output.shape != comparison.values.shape:
+        if output.shape != (len(self.rows(x)), network.outputs):
             return None
-        worst = comparison.disagreement(output, torch.float64)
+        worst = comparison.disagreement(output[some], torch.float64)
         if worst is None:
             return None
         # Weights that the forward computes, or indices, are others in another precision. Read so, it is another network.
@@ -350,31 +356,6 @@ def checked(reader: Reader, reading: Reading, repeated: bool) -> Network:
         count = 0
     _SEEN[reader.module] = structure, count + 1
     return network
-
-
-def run_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], root: str) -> Any:
-    """The module's result.
-
-    Raises:
-        InvalidExample: it fails on the example.
-        LipguardError: as it is raised inside.
-    """
-    try:
-        return module(*args, **kwargs)
-    except LipguardError:
-        raise
-    except Exception as error:
-        missing = required(module)
-        if missing and len(args) + len(kwargs) < len(missing):
-            raise InvalidExample(
-                f"{root} ({type(module).__name__}) takes {len(missing)} inputs ({', '.join(missing)}). Give "
-                f"example=({', '.join(missing)}), a tuple of all of them. The constant is then with respect to all of them "
-                f"jointly; with inputs={missing[0]!r} it is with respect to one, the others being held at the example's values."
-            ) from error
-        given = args[0] if len(args) == 1 and not kwargs else (*args, *kwargs.values())
-        raise InvalidExample(
-            f"{root} ({type(module).__name__}) fails on an example {described(given)}: {type(error).__name__}: {error}"
-        ) from error
 
 
 def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

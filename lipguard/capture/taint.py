@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import _thread
 import threading
-from bisect import bisect_right, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -57,7 +57,8 @@ class Taint(TorchDispatchMode):
         self._refuse = refuse
         self.asleep = False
         """While a layer runs that is lowered as a whole: what it reads for itself is its own matter."""
-        self._origins: dict[int, tuple[torch.UntypedStorage, str]] = {}  # the storage is held: its address stays its own
+        # A weak reference frees the memory, but not the storage itself: its key stays its own.
+        self._origins: dict[int, tuple[StorageWeakRef, str]] = {}
         self._writes: dict[int, list[tuple[object, ...]]] = {}  # the places that each write went to
         self._ranges: list[tuple[int, int, int]] = []  # first address, last address, key, in order
         self._earlier = {reference.cdata: reference for reference in earlier}
@@ -74,10 +75,19 @@ class Taint(TorchDispatchMode):
             key = storage._cdata
             if key in self._origins:
                 continue
-            self._origins[key] = (storage, origin)
+            self._origins[key] = (StorageWeakRef(storage), origin)
             begin, size = storage.data_ptr(), storage.nbytes()
             if begin and size:
+                self._forget(begin, begin + size)
                 insort(self._ranges, (begin, begin + size, key))
+
+    def _forget(self, begin: int, end: int) -> None:
+        """Drop the ranges of freed memory that lies between two addresses: it is another tensor's now."""
+        last = bisect_left(self._ranges, (end, -1, -1))
+        first = last
+        while first and self._ranges[first - 1][1] > begin:
+            first -= 1
+        self._ranges[first:last] = [r for r in self._ranges[first:last] if not self._origins[r[2]][0].expired()]
 
     def origin(self, tensor: Tensor) -> str | None:
         """The operation that first made the tensor's memory depend on the input; None for a constant."""
@@ -89,7 +99,8 @@ class Taint(TorchDispatchMode):
                 begin = storage.data_ptr()
                 place = bisect_right(self._ranges, (begin + storage.nbytes(), -1, -1)) - 1
                 if begin and place >= 0 and self._ranges[place][1] > begin:
-                    known = self._origins[self._ranges[place][2]]
+                    reference, where = self._origins[self._ranges[place][2]]
+                    known = None if reference.expired() else (reference, where)
             if known is not None:
                 return known[1]
             if key in self._earlier and not self._earlier[key].expired():
@@ -98,7 +109,7 @@ class Taint(TorchDispatchMode):
 
     def left(self) -> list[StorageWeakRef]:
         """What outlives this: references to the storages that depend on the input, of this call and of earlier ones."""
-        references = [*self._earlier.values(), *(StorageWeakRef(storage) for storage, _ in self._origins.values())]
+        references = [*self._earlier.values(), *(reference for reference, _ in self._origins.values())]
         self._origins.clear()
         self._ranges.clear()
         return [reference for reference in references if not reference.expired()]

@@ -276,7 +276,7 @@ def test_errors_of_large_masks_end_where_a_function_is_flat() -> None:
     mask = torch.tensor([True, False, False, False])
     network = lg.capture(Do(lambda _, x: x.masked_fill(mask, -1e9).clamp(min=-1)).eval(), EXAMPLE)
     x = EXAMPLE.double()
-    comparison = Comparison(network, network, x, [torch.float32])
+    comparison = Comparison(network, network, x, [torch.float32], {})
     assert comparison.disagreement(network(x).float(), torch.float32) is None
     assert comparison.disagreement(network(x).float() + 0.01 * mask, torch.float32) == pytest.approx(0.01, rel=1e-3)
 
