@@ -23,11 +23,11 @@ _SIGMAS = 40
 _ULPS = 8
 """Units of roundoff to which an elementwise function is computed: of its value, and of its argument times its slope."""
 
+_FLAT = 8.0
+"""Arguments beyond which torch's functions that end flat are flat in every precision."""
+
 _SWITCH = math.exp(-20)
 """torch's softplus is z above its threshold of 20, which is off by so much."""
-
-_SOLVED = 1e-9
-"""Relative accuracy to which modules solve for an equilibrium."""
 
 _ENTRIES = 2**20
 """Entries of one node's value that are computed at once: larger values leave the cache, and fresh memory is slow."""
@@ -109,11 +109,15 @@ class _Rounding(Walk[tuple[Tensor, Tensor]]):
         value = node.value(x)
         # The error of the argument, with that of computing the function as it were there; and that of the value.
         spread = s + _ULPS * self.units * x.abs().clamp(min=1)
-        through = torch.maximum(*(end.abs() for end in node.slopes)) * spread
+        steepest = torch.maximum(*(end.abs() for end in node.slopes))
+        through = steepest * spread
         if bool((_SIGMAS * through > value.abs().amax(1, keepdim=True)).any()):
             # Errors of very large numbers, as of a mask of -1e9, end where the function is flat.
             through = torch.minimum(through, torch.stack([_moved(node, x, value, each) for each in spread]))
-        own = _ULPS * self.units * value.abs() + node.function.rounding(x) + _SWITCH  # of the value, in the module and here
+        # Of the value, in the module and here. Where a function is nearly flat it may be a difference of numbers of the size of
+        # its argument, which are equal in the end: z (1 + erf(z)).
+        size = value.abs() + steepest * x.abs().clamp(max=_FLAT)
+        own = _ULPS * self.units * size + node.function.rounding(x) + _SWITCH
         return value, through + own
 
     def total(self, i: int, node: Sum, *read: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -130,7 +134,8 @@ class _Rounding(Walk[tuple[Tensor, Tensor]]):
         for _ in range(4):
             sign = torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1
             moved = torch.maximum(moved, torch.stack([node.value(x + sign * s) - value for s in deviation]).abs())
-        solved = _SOLVED * value.abs().amax() if node.loop is not None else 0.0
+        # An iteration for an equilibrium may end where half of the digits are right, of the largest numbers of its batch.
+        solved = self.units.sqrt() * torch.maximum(value.abs().amax(), x.abs().amax()) if node.loop is not None else 0.0
         return value, 2 * moved + _ULPS * self.units * value.abs() + solved
 
 

@@ -279,8 +279,6 @@ class Reader:
         """The module's results; None where it fails: it may need a mode of autograd, or one size of the batch."""
         try:
             return self.results(x, self.call.row.dtype, mode)
-        except LipguardError:
-            raise
         except Exception:
             return None
 
@@ -292,7 +290,7 @@ class Reader:
         clean = self._attempt(x, torch.no_grad)
         large = math.sqrt(torch.finfo(x.dtype).max)
         for change in (torch.nan, large, large, -large, -large):
-            noise = torch.rand(x[0].shape, generator=generator, dtype=torch.float64) - 0.25
+            noise = torch.rand(x[0].shape, generator=generator, dtype=torch.float64, device="cpu") - 0.25
             changed = x.clone()
             changed[1] = (noise * change).to(x)
             other = self._attempt(changed, torch.no_grad)

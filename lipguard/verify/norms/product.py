@@ -113,7 +113,7 @@ def _norm(bounds: Sequence[float], p: float) -> float:
     present = [b for b in bounds if b]
     if len(present) < 2 or p == math.inf:
         return max(present, default=0.0)
-    return norm_up(torch.tensor(present, dtype=torch.float64), p)
+    return norm_up(torch.tensor(present, dtype=torch.float64, device="cpu"), p)
 
 
 def _written(node: Node, source: Tensor | None) -> Tensor | None:
